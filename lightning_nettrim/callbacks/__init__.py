@@ -1,0 +1,5 @@
+"""Lightning callbacks: hooks only."""
+
+from lightning_nettrim.callbacks.nettrim import NetTrim
+
+__all__ = ["NetTrim"]

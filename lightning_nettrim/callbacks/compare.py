@@ -1,0 +1,58 @@
+"""Compare: validation passes of one network beside another, each into its own run of the user's loggers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+def sibling(logger: Logger, name: str) -> Logger | None:
+    """A logger of the same kind in the folder ``name`` of this logger's run; None for kinds without folders."""
+    if isinstance(logger, TensorBoardLogger):
+        return TensorBoardLogger(logger.log_dir, name="", version=name, default_hp_metric=False)
+    if isinstance(logger, CSVLogger):
+        return CSVLogger(logger.log_dir, name="", version=name)
+    return None
+
+
+@contextmanager
+def apart(trainer: pl.Trainer, loggers: list[Logger]) -> Iterator[None]:
+    """A `with` in which the trainer has these loggers and no callbacks; its stage and all else are put back."""
+    kept = trainer.loggers, trainer.callbacks, trainer.state.stage  # type: ignore[attr-defined]
+    trainer.loggers, trainer.callbacks = loggers, []  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        trainer.loggers, trainer.callbacks, trainer.state.stage = kept  # type: ignore[attr-defined]
+
+
+def validation(trainer: pl.Trainer, name: str) -> dict[str, float]:
+    """Metrics of one pass over the validation data, logged into the sibling runs ``name``; empty without such data.
+
+    Callbacks take no part: early stopping, checkpoints and progress bars see only the user's own validation.
+    """
+    fitting = trainer.state.fn == TrainerFn.FITTING
+    loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+    runs = {logger: sibling(logger, name) for logger in trainer.loggers}
+    own = [run for run in runs.values() if run is not None]
+    verbose, loop.verbose = loop.verbose, False
+    try:
+        with apart(trainer, own):
+            trainer.validating = True
+            outputs = loop.run()
+    finally:
+        loop.verbose = verbose
+        for each in own:
+            each.finalize("success")
+    metrics = {key: float(value) for output in outputs for key, value in output.items()}
+    for logger, run in runs.items():
+        if run is None and metrics:
+            logger.log_metrics({f"{name}/{key}": value for key, value in metrics.items()}, trainer.global_step)
+    if not fitting:  # the validation in whose start hook this ran begins anew
+        loop.reset()
+        loop._on_evaluation_model_eval()
+    return metrics

@@ -1,0 +1,89 @@
+"""Refit: on a fixed support, the weights whose response is closest to the trained layer's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_nettrim.problem import LayerProblem
+
+
+def refit(problem: LayerProblem, W: Tensor, *, steps: int = 6, inner: int = 20, damping: float = 1e-7) -> Tensor:
+    r"""Argmin ½ dist²(XW, K) over W with the given support; K = {Z : Z_Ω = Y_Ω, Z_Ωᶜ ≤ V_Ωᶜ}.
+
+    Semismooth Newton: on the active set A = Ω ∪ {XW > V} the masked normal equations
+    mask∘(Xᵀ(A∘(Xp)) + damping·p) are solved by conjugate gradients with a Jacobi preconditioner, all neurons at once,
+    each step halved until the distance falls. A linear response has A everywhere and needs only the Gram matrix.
+
+    Args:
+        problem: the layer's program; ``epsilon`` is not used.
+        W: ``(*batch, N, M)`` weights whose non-zeros are the support; free rows always belong to it.
+        steps: Newton steps.
+        inner: conjugate gradient steps in each.
+        damping: ridge, relative to the mean diagonal of XᵀX.
+
+    Returns:
+        ``(*batch, N, M)`` weights on the same support, never farther than ``W``.
+    """
+    X = problem.X
+    support = ((W != 0) | (problem.weights == 0)).to(W)
+    energy = X.square().sum(-2).unsqueeze(-1)  # (*batch, N, 1), the diagonal of XᵀX
+    ridge = damping * energy.mean(-2, keepdim=True)
+    scale = support / (energy + ridge).clamp(min=torch.finfo(W.dtype).tiny)
+    gram = X.mT @ X if problem.Omega is None else None
+    XW = X @ W
+    for _ in range(1 if gram is not None else steps):
+        R = _residual(problem, XW)
+        if gram is None:
+            active = (problem.Omega | (R != 0)).to(W)  # type: ignore[operator]
+
+            def curvature(D: Tensor, active: Tensor = active) -> Tensor:
+                return support * (X.mT @ (active * (X @ D)) + ridge * D)
+        else:
+
+            def curvature(D: Tensor, active: Tensor = gram) -> Tensor:
+                return support * (active @ D + ridge * D)
+
+        D = _conjugate_gradients(curvature, support * (X.mT @ R), scale, inner if gram is None else 5 * inner)
+        W, XW = _descend(problem, W, XW, D)
+    return W
+
+
+def _residual(problem: LayerProblem, XW: Tensor) -> Tensor:
+    """``(*batch, P, M)``: Π_K(XW) − XW."""
+    if problem.Omega is None:
+        return problem.Y - XW
+    above = (-XW if problem.V is None else problem.V - XW).clamp_(max=0)
+    return torch.where(problem.Omega, problem.Y - XW, above)
+
+
+def _descend(problem: LayerProblem, W: Tensor, XW: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+    """W + tD for the largest t of 1, ½, ¼, … that lowers the distance, in each problem of the batch; else W."""
+    XD = problem.X @ D
+    start = torch.linalg.matrix_norm(_residual(problem, XW), keepdim=True)
+    taken = torch.zeros_like(start)
+    for halvings in range(5):
+        t = 0.5**halvings
+        lower = torch.linalg.matrix_norm(_residual(problem, XW + t * XD), keepdim=True) < start
+        taken = torch.where(lower & (taken == 0), t, taken)
+        if bool((taken > 0).all()):
+            break
+    return W + taken * D, XW + taken * XD
+
+
+def _conjugate_gradients(curvature: Callable[[Tensor], Tensor], b: Tensor, scale: Tensor, steps: int) -> Tensor:
+    """Solve curvature(D) = b column by column, preconditioned by ``scale``, from zero."""
+    D, R = torch.zeros_like(b), b
+    Q = scale * R
+    P, rho = Q, (R * Q).sum(-2, keepdim=True)
+    for _ in range(steps):
+        AP = curvature(P)
+        slope = (P * AP).sum(-2, keepdim=True)
+        alpha = torch.where(slope > 0, rho / slope, 0)
+        D, R = D + alpha * P, R - alpha * AP
+        Q = scale * R
+        rho, previous = (R * Q).sum(-2, keepdim=True), rho
+        P = Q + torch.where(previous > 0, rho / previous, 0) * P
+    return D
