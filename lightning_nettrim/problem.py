@@ -96,6 +96,15 @@ class LayerProblem:
         """``(*batch)``: Σ λₙ|Wₙₘ|."""
         return (self.weights * W.abs()).sum((-2, -1))
 
+    def duality_gap(self, objective: Tensor, bound: Tensor) -> Tensor:
+        """``(*batch)``: (objective − bound) relative to the larger of both.
+
+        Relative to a thousandth of the trained weights' norm where that is larger, so that an optimum of zero has one.
+        """
+        size = torch.maximum(objective.abs(), bound.abs())
+        size = torch.maximum(size, 1e-3 * self.objective(self.W))
+        return (objective - bound) / torch.where(size > 0, size, 1)
+
     def violation(self, W: Tensor) -> Tensor:
         """``(*batch)``: how far W is outside the ball or above the ceiling, the larger of both, relative to ε."""
         XW = self.X @ W

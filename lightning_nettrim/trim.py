@@ -277,7 +277,7 @@ def prune(problem: LayerProblem, solver: Solver, wanted: Budget) -> tuple[Soluti
     if wanted.sparsity == 0:
         none = problem.X.new_full((), torch.nan)
         zero = torch.zeros((), dtype=torch.long)
-        return Solution(problem.W, zero + Status.CONVERGED, zero, none, none, none, none), problem.W
+        return Solution(problem.W, zero + Status.CONVERGED, zero, none, none, none, none, none), problem.W
     solution = solve(problem, solver)
     return solution, refit(replace(problem, V=None), solution.W) if wanted.refit else solution.W
 

@@ -7,16 +7,17 @@ from contextlib import contextmanager
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 
 
-def sibling(logger: Logger, name: str) -> Logger | None:
-    """A logger of the same kind in the folder ``name`` of this logger's run; None for kinds without folders."""
+def sibling(logger: Logger, name: str) -> Logger:
+    """A logger of the same kind in the folder ``name`` of this logger's run; a mute one for kinds without folders."""
     if isinstance(logger, TensorBoardLogger):
         return TensorBoardLogger(logger.log_dir, name="", version=name, default_hp_metric=False)
     if isinstance(logger, CSVLogger):
         return CSVLogger(logger.log_dir, name="", version=name)
-    return None
+    return DummyLogger()
 
 
 @contextmanager
@@ -36,23 +37,28 @@ def validation(trainer: pl.Trainer, name: str) -> dict[str, float]:
     Callbacks take no part: early stopping, checkpoints and progress bars see only the user's own validation.
     """
     fitting = trainer.state.fn == TrainerFn.FITTING
+    if fitting and not trainer.enable_validation:
+        return {}
     loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
-    runs = {logger: sibling(logger, name) for logger in trainer.loggers}
-    own = [run for run in runs.values() if run is not None]
-    verbose, loop.verbose = loop.verbose, False
+    runs = [sibling(logger, name) for logger in trainer.loggers]
+    verbose, modes = loop.verbose, dict(loop._module_mode.mode)
+    loop.verbose = False
     try:
-        with apart(trainer, own):
+        with apart(trainer, runs):
             trainer.validating = True
             outputs = loop.run()
     finally:
-        loop.verbose = verbose
-        for each in own:
-            each.finalize("success")
+        loop.verbose, loop._module_mode.mode = verbose, modes
+        for run in runs:
+            run.finalize("success")
     metrics = {key: float(value) for output in outputs for key, value in output.items()}
-    for logger, run in runs.items():
-        if run is None and metrics:
+    for logger, run in zip(trainer.loggers, runs, strict=True):
+        if isinstance(run, DummyLogger) and metrics:
             logger.log_metrics({f"{name}/{key}": value for key, value in metrics.items()}, trainer.global_step)
-    if not fitting:  # the validation in whose start hook this ran begins anew
-        loop.reset()
-        loop._on_evaluation_model_eval()
     return metrics
+
+
+def restart(trainer: pl.Trainer) -> None:
+    """Let a ``validate`` in whose start hook its data were read begin anew."""
+    trainer.validate_loop.reset()
+    trainer.lightning_module.on_validation_model_eval()

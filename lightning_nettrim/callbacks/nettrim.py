@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import yaml
+from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -23,7 +24,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_nettrim import mask
-from lightning_nettrim.callbacks.compare import sibling, validation
+from lightning_nettrim.callbacks.compare import restart, sibling, validation
+from lightning_nettrim.layers import per_layer_options, prunable, refuse_unusable
 from lightning_nettrim.report import LayerReport, TrimResult, as_json, comparison, write_histograms, write_text
 from lightning_nettrim.sample import hold
 from lightning_nettrim.solvers import ADMM, Solver
@@ -142,10 +144,17 @@ class NetTrim(Callback):
                 " allow_untested_strategy"
             )
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a network or data that cannot be used, before training rather than after it."""
+        self._check(pl_module)
+        if self.calibration == "val" and not trainer.enable_validation:
+            raise MisconfigurationException("NetTrim: calibration='val' expected validation data, got none")
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the zeros if this network was pruned before, else forget about any other network."""
         self._keeping = self.enforce and bool(self.masks) and mask.obeys(pl_module, self.masks)
         if self._keeping:
+            self.masks = {name: kept.to(pl_module.device) for name, kept in self.masks.items()}
             rank_zero_info(f"NetTrim: keeping the zeros of {len(self.masks)} pruned parameters during this fit")
         else:
             self._forget()
@@ -173,15 +182,19 @@ class NetTrim(Callback):
         """Prune a network that a plain ``validate`` brings unpruned."""
         if trainer.sanity_checking or trainer.state.fn != TrainerFn.VALIDATING:
             return
-        if self._warn_of_dense(trainer, pl_module) or (self.masks and mask.obeys(pl_module, self.masks)):
+        if trainer.ckpt_path is not None and self._warn_of_dense(trainer, pl_module):
             return
+        if self.masks and mask.obeys(pl_module, self.masks):
+            return
+        self._check(pl_module)
         if self.dry_run:
             self._show_plan(trainer, pl_module)
-            return
-        self._forget()
-        self.metrics = {"dense": validation(trainer, "dense")} if self.compare else {}
-        self._prune(trainer, pl_module)
-        self._awaiting = True
+        else:
+            self._forget()
+            self.metrics = {"dense": validation(trainer, "dense")} if self.compare else {}
+            self._prune(trainer, pl_module)
+            self._awaiting = True
+        restart(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Publish what the plain ``validate`` of the freshly pruned network has measured."""
@@ -192,6 +205,10 @@ class NetTrim(Callback):
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say so if the dense network is about to be tested by mistake."""
+        self._warn_of_dense(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say so if the dense network is about to predict by mistake."""
         self._warn_of_dense(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -205,17 +222,33 @@ class NetTrim(Callback):
     def _forget(self) -> None:
         self.masks, self.result, self.metrics, self._finished = {}, None, {}, False
 
+    def _check(self, pl_module: pl.LightningModule) -> None:
+        """Raise for a network that cannot be pruned and for keys that match nothing in it."""
+        if pl_module._compiler_ctx is not None:
+            raise MisconfigurationException(
+                f"NetTrim: expected an eager module, got a compiled {type(pl_module).__name__}, through which hooks do"
+                " not fire: prune first and compile afterwards"
+            )
+        arguments = self._trim_arguments
+        try:
+            refuse_unusable(pl_module)
+            layers, _ = prunable(pl_module, arguments["targets"], arguments["ignore"])
+            per_layer_options(arguments["per_layer"], layers)
+        except ValueError as error:
+            raise MisconfigurationException(f"NetTrim: {error}") from error
+
     def _warn_of_dense(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> bool:
-        """Whether the network pruned by the last fit has been replaced by a dense checkpoint; warns if so."""
+        """Whether the network pruned by the last fit has been replaced by a dense one; warns if so."""
         if not self._finished or self.result is None or mask.obeys(pl_module, self.result.masks):
             return False
-        verb = "test" if trainer.testing else "validate"
         self.masks = self.result.masks
-        where = self._folder(trainer)
+        assert trainer.state.fn is not None
+        call, where = f"trainer.{trainer.state.fn.value}", self._folder(trainer)
         rank_zero_warn(
-            f"NetTrim: this is the dense network, not the pruned one: trainer.{verb}() has loaded {trainer.ckpt_path}."
-            f" For the pruned network call trainer.{verb}(model)"
-            + (f", or trainer.{verb}(model, ckpt_path={str(where / 'pruned.ckpt')!r})." if where else ".")
+            "NetTrim: this is the dense network, not the pruned one"
+            + (f": {call}() has loaded {trainer.ckpt_path}" if trainer.ckpt_path else "")
+            + f". For the pruned network call {call}(model) right after the fit"
+            + (f", or {call}(model, ckpt_path={str(where / 'pruned.ckpt')!r})." if where else ".")
         )
         return True
 
@@ -300,36 +333,51 @@ class NetTrim(Callback):
         """The calibration batches, as the training or validation step would get them."""
         loaders, limits = self._loaders(trainer, pl_module)
         for index, (loader, limit) in enumerate(zip(loaders, limits, strict=True)):
-            for batch in islice(loader, None if limit == float("inf") else int(limit)):
+            for batch in islice(loader, limit):
                 batch = trainer.precision_plugin.convert_input(batch)
+                batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=index)
                 yield trainer.strategy.batch_to_device(batch, dataloader_idx=index)
 
-    def _loaders(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[list[Any], list[float]]:
+    def _loaders(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[list[Any], list[int]]:
         """The calibration loaders, and how many batches of each the trainer's limits allow."""
         fitting = trainer.state.fn == TrainerFn.FITTING
-        if self.calibration == "val" and fitting:
-            loop = trainer.fit_loop.epoch_loop.val_loop
-            loop.setup_data()
-            loaders = _flat(trainer.val_dataloaders)
-            if not loaders:
-                raise MisconfigurationException("NetTrim: calibration='val' expected validation data, got none")
-            return loaders, list(loop.max_batches)
-        if self.calibration == "val":
-            return _flat(trainer.val_dataloaders), list(trainer.validate_loop.max_batches)
-        if fitting:
+        if self.calibration == "train" and fitting:
+            seen = trainer.fit_loop.epoch_loop.batch_progress.total.ready
             loaders = _flat(trainer.train_dataloader)
-            return loaders, [float(trainer.num_training_batches)] * len(loaders)
-        source = trainer.datamodule or pl_module  # type: ignore[attr-defined]
-        if not is_overridden("train_dataloader", source):
+            return loaders, [_finite(trainer.num_training_batches, seen)] * len(loaders)
+        if self.calibration == "train":
+            source = trainer.datamodule or pl_module  # type: ignore[attr-defined]
+            if is_overridden("train_dataloader", source):
+                if source is not pl_module:
+                    source.setup("fit")
+                loaders = _flat(source.train_dataloader())
+                return loaders, [self._limit(trainer, loader) for loader in loaders]
             rank_zero_warn(
                 "NetTrim: there is no train_dataloader to calibrate on in this validate: calibrating on the validation"
                 " data. Pass a datamodule with one, or set calibration='val'"
             )
-            return _flat(trainer.val_dataloaders), list(trainer.validate_loop.max_batches)
-        if source is not pl_module:
-            source.setup("fit")
-        loaders = _flat(source.train_dataloader())
-        return loaders, [float("inf")] * len(loaders)
+        loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
+        if fitting:
+            loop.setup_data()
+        assert loop._combined_loader is not None  # not `trainer.val_dataloaders`, which are those of an earlier fit
+        return loop._combined_loader.flattened, [_finite(limit, self._enough) for limit in loop.max_batches]
+
+    @property
+    def _enough(self) -> int:
+        """Batches to take of a loader that may be endless."""
+        return int(self._trim_arguments["num_samples"])
+
+    def _limit(self, trainer: pl.Trainer, loader: Any) -> int:
+        """Batches of a train loader that the trainer's limit allows."""
+        limit, length = trainer.limit_train_batches, sized_len(loader)
+        if isinstance(limit, int):
+            return limit
+        return self._enough if length is None else max(1, int(limit * length))
+
+
+def _finite(limit: float, otherwise: int) -> int:
+    """The limit, or what to take in its place where there is none."""
+    return otherwise if limit == float("inf") else int(limit)
 
 
 def _flat(loaders: Any) -> list[Any]:

@@ -86,10 +86,10 @@ class ADMM(IterativeSolver):
         """The sparse copy S, and the bound of ν = ρU₁."""
         kappa = state.kappa.amax(-2, keepdim=True)
         nu = (state.Z - state.T) / (kappa * state.tau)
-        S = state.S
-        return Certificate(S, problem.objective(S), problem.bound(nu), problem.violation(S))
+        objective, bound = problem.objective(state.S), problem.bound(nu)
+        return Certificate(state.S, objective, bound, problem.duality_gap(objective, bound), problem.violation(state.S))
 
-    def adapt(self, previous: _State, state: _State, violation: Tensor, gap: Tensor) -> _State:
+    def adapt(self, problem: LayerProblem, previous: _State, state: _State, certificate: Certificate) -> _State:
         """Move ρ = 1/(κτ) to where the primal and the dual residual, each over its variable's size, are in balance.
 
         The balance leans, by a factor of ten at most, towards the one of violation and gap that is farther from done.
@@ -99,9 +99,10 @@ class ADMM(IterativeSolver):
         over = root * (state.S - state.U + previous.U - previous.S)
         primal = _length((state.T - previous.T) / alpha - Z, over / alpha - S)
         dual = _length(Z, S)
-        scale = _length(state.Z - state.T, root * state.U) / _length(state.Z, root * state.S)
-        lean = ((violation / self.atol) / (gap.abs() / self.rtol)).sqrt().nan_to_num(1.0).clamp(0.1, 10.0)
-        factor = (primal * scale / dual * lean[..., None, None]).sqrt().nan_to_num(1.0).clamp(0.5, 2.0)
+        relative = primal / _length(problem.Y, root * state.S) * _length(state.Z - state.T, root * state.U) / dual
+        lean = (certificate.violation / self.atol / (certificate.gap.clamp(min=0) / self.rtol)).sqrt()
+        lean = lean.nan_to_num(1.0).clamp(0.1, 10.0)[..., None, None]
+        factor = (relative * lean).sqrt().nan_to_num(1.0).clamp(0.5, 2.0)
         factor = torch.where((factor > 1.2) | (factor < 0.8), factor, 1)
         return state._replace(T=torch.lerp(state.Z, state.T, 1 / factor), U=state.U / factor, tau=state.tau / factor)
 

@@ -32,6 +32,7 @@ class Solution:
         steps: number of steps taken.
         objective: Σ λ|W| of the convex program's answer; NaN for methods without one.
         bound: lower bound of the optimum from a dual feasible point; NaN for methods without one.
+        gap: relative duality gap between both; NaN for methods without one.
         violation: of the constraints by the convex program's answer, relative to ε; NaN for methods without one.
         epsilon: radius of the program that was solved; NaN for methods without one.
         state: the solver's own state, a warm start for a neighbouring problem on the same X.
@@ -42,20 +43,10 @@ class Solution:
     steps: Tensor
     objective: Tensor
     bound: Tensor
+    gap: Tensor
     violation: Tensor
     epsilon: Tensor
     state: Any = None
-
-    @property
-    def gap(self) -> Tensor:
-        """Relative duality gap (objective − bound) / objective; 0 where both vanish."""
-        return relative_gap(self.objective, self.bound)
-
-
-def relative_gap(objective: Tensor, bound: Tensor) -> Tensor:
-    """(objective − bound) / max(|objective|, |bound|); 0 where both vanish."""
-    size = torch.maximum(objective.abs(), bound.abs())
-    return (objective - bound) / torch.where(size == 0, 1, size)
 
 
 @dataclass(frozen=True)
@@ -73,6 +64,7 @@ class Certificate(NamedTuple):
     W: Tensor
     objective: Tensor
     bound: Tensor
+    gap: Tensor
     violation: Tensor
 
 
@@ -111,7 +103,7 @@ class IterativeSolver(Solver):
         """The answer that the state holds and its certificate."""
 
     @abstractmethod
-    def adapt(self, previous: Any, state: Any, violation: Tensor, gap: Tensor) -> Any:
+    def adapt(self, problem: LayerProblem, previous: Any, state: Any, certificate: Certificate) -> Any:
         """The state with its penalties moved in the light of its last step and of its certificate."""
 
     def solve(self, problem: LayerProblem) -> Solution:
@@ -136,9 +128,8 @@ def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None) ->
         if step % solver.check_every and step != solver.max_steps:
             continue
         now = solver.certify(problem, state)
-        gap = relative_gap(now.objective, now.bound)
         lost = ~torch.isfinite(now.objective + now.violation)
-        solved = (now.violation <= solver.atol) & (gap.abs() <= solver.rtol) & ~lost
+        solved = (now.violation <= solver.atol) & (now.gap >= 0) & (now.gap <= solver.rtol) & ~lost
         infeasible = (now.bound > 1e3 * torch.maximum(trained, now.objective)) & (now.violation > solver.atol) & ~lost
         keep = active & ~lost
         best = Certificate(*(torch.where(_over(keep, new), new, old) for new, old in zip(now, best, strict=True)))
@@ -149,9 +140,9 @@ def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None) ->
         if not bool(active.any()):
             break
         if step <= solver.max_steps // 2:  # fixed penalties in the second half, for which convergence is proved
-            state = solver.adapt(previous, state, now.violation, gap)
+            state = solver.adapt(problem, previous, state, now)
     epsilon = torch.linalg.matrix_norm(problem.radius)
-    return Solution(best.W, status, steps, best.objective, best.bound, best.violation, epsilon, state)
+    return Solution(best.W, status, steps, *best[1:], epsilon, state)
 
 
 def _over(flag: Tensor, like: Tensor) -> Tensor:

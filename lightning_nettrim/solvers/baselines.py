@@ -22,4 +22,4 @@ class Magnitude(Solver):
         W = torch.where(penalised, project_topk(problem.W, problem.nonzeros, score), problem.W)
         whole = torch.zeros(problem.batch, dtype=torch.long, device=W.device)
         unknown = W.new_full(problem.batch, torch.nan)
-        return Solution(W, whole + Status.CONVERGED, whole, unknown, unknown, unknown, unknown)
+        return Solution(W, whole + Status.CONVERGED, whole, unknown, unknown, unknown, unknown, unknown)

@@ -1,0 +1,68 @@
+"""The house: imports go one way, and only the top floors know Lightning."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "lightning_nettrim"
+FLOORS = [
+    {"problem"},
+    {"prox"},
+    {"solvers"},
+    {"mask"},
+    {"layers", "sample"},
+    {"capture"},
+    {"report"},
+    {"trim"},
+    {"callbacks"},
+    {"cli"},
+]
+ABOVE_ALL = {"__init__", "__main__"}
+
+
+def room(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return parts[0]
+
+
+def imports(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=[str(p.relative_to(PACKAGE)) for p in MODULES])
+def test_imports_come_from_the_floors_below(path):
+    name = room(path)
+    if name in ABOVE_ALL:
+        return
+    floor = next(i for i, rooms in enumerate(FLOORS) if name in rooms)
+    allowed = set().union(*FLOORS[:floor], {name})
+    for target in imports(path):
+        parts = target.split(".")
+        if parts[0] == "lightning_nettrim":
+            assert parts[1] in allowed, f"{path.name} imports {target}"
+        if parts[0] in ("lightning", "pytorch_lightning"):
+            assert name in ("callbacks", "cli"), f"{path.name} imports {target}"
+
+
+def test_every_room_is_on_a_floor():
+    assert {room(path) for path in MODULES} == set().union(*FLOORS, ABOVE_ALL)
+
+
+def test_core_needs_only_torch_and_lightning():
+    standard = {"__future__", "typing", "collections", "dataclasses", "abc", "enum", "json", "os", "sys", "re", "math"}
+    standard |= {"logging", "time", "contextlib", "difflib", "fnmatch", "inspect", "itertools", "pathlib", "importlib"}
+    outside = {name.split(".")[0] for path in MODULES for name in imports(path)}
+    assert outside - standard == {"torch", "lightning", "lightning_nettrim", "yaml"}

@@ -1,0 +1,169 @@
+"""Recording, and finding the ReLU that follows a layer by watching a batch flow."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightning_nettrim.capture import evaluating, record, watch
+
+
+class Net(nn.Module):
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.b, self.between = nn.Linear(6, 5), nn.Linear(5, 3), between
+        self.relu, self.inplace = nn.ReLU(), nn.ReLU(inplace=True)
+        self.dropout, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(5)
+
+    def forward(self, x):
+        return self.b(self.between(self, self.a(x)))
+
+
+def twice(net, y):
+    return y.relu() + net.a(y.relu().repeat(1, 2)[:, :6]).relu()
+
+
+def inplace_view(net, y):
+    y.view(-1).relu_()
+    return y
+
+
+RELU = {
+    "module": lambda net, y: net.relu(y),
+    "module in place": lambda net, y: net.inplace(y),
+    "F.relu": lambda net, y: F.relu(y),
+    "F.relu in place": lambda net, y: F.relu(y, inplace=True),
+    "torch.relu": lambda net, y: torch.relu(y),
+    "Tensor.relu": lambda net, y: y.relu(),
+    "Tensor.relu_": lambda net, y: y.relu_(),
+    "clamp": lambda net, y: y.clamp(min=0),
+    "clamp_": lambda net, y: y.clamp_(min=0.0),
+    "torch.clamp_min": lambda net, y: torch.clamp_min(y, 0),
+    "behind dropout": lambda net, y: net.dropout(y).relu(),
+    "behind views": lambda net, y: y.unflatten(1, (5, 1)).flatten(1).unsqueeze(0).squeeze(0).relu(),
+    "twice the same": lambda net, y: y.relu() + F.relu(y),
+    "view in place": inplace_view,
+    "called twice": twice,
+}
+LINEAR = {
+    "nothing": lambda net, y: y,
+    "gelu": lambda net, y: F.gelu(y),
+    "leaky": lambda net, y: F.leaky_relu(y),
+    "relu6": lambda net, y: F.relu6(y),
+    "clamp elsewhere": lambda net, y: y.clamp(min=-1),
+    "clamp both": lambda net, y: y.clamp(0, 1),
+    "residual around": lambda net, y: y + y.relu(),
+    "batch norm before": lambda net, y: net.norm(y).relu(),
+    "sum before": lambda net, y: (y + 1).relu(),
+    "negated": lambda net, y: (-y).relu(),
+}
+
+
+def flows(net, x):
+    with evaluating(net):
+        return watch(net, {"a": net.a, "b": net.b}, ((x,), {}))
+
+
+@pytest.mark.parametrize("between", RELU.values(), ids=RELU.keys())
+def test_a_relu_is_seen(between):
+    found = flows(Net(between), torch.randn(4, 6))
+    assert found["a"].relu
+    assert not found["b"].relu
+
+
+@pytest.mark.parametrize("between", LINEAR.values(), ids=LINEAR.keys())
+def test_anything_else_is_linear(between):
+    assert not flows(Net(between), torch.randn(4, 6))["a"].relu
+
+
+def test_a_response_that_is_also_returned_is_linear():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 5)
+
+        def forward(self, x):
+            y = self.a(x)
+            return y, {"relu": y.relu()}
+
+    net = Both()
+    with evaluating(net):
+        assert not watch(net, {"a": net.a}, ((torch.randn(4, 6),), {}))["a"].relu
+
+
+def test_calls_and_order_are_those_of_the_execution():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.last, self.unused, self.first = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.last(self.first(self.first(x).relu()).relu())
+
+    net = Backwards()
+    found = watch(net, {"last": net.last, "unused": net.unused, "first": net.first}, ((torch.ones(2, 4),), {}))
+    assert list(found) == ["first", "last"]
+    assert [flow.calls for flow in found.values()] == [2, 1]
+    assert found["first"].relu
+
+
+@pytest.mark.parametrize("between", [RELU["module in place"], RELU["view in place"], RELU["Tensor.relu"]])
+def test_a_tape_holds_what_went_in_and_what_came_out_before_the_relu(between):
+    net, x = Net(between), torch.randn(30, 6)
+    with evaluating(net):
+        tapes = record(net, {"a": net.a, "b": net.b}, [((p,), {}) for p in x.split(7)], num_samples=100, seed=0)
+    with torch.no_grad():
+        Z = torch.cat([net.a(p) for p in x.split(7)])
+    assert torch.equal(tapes["a"].X, x)
+    assert torch.equal(tapes["a"].Z, Z)
+    assert torch.equal(tapes["b"].X, Z.relu())
+
+
+def test_leading_dimensions_are_rows_and_rows_are_bounded_and_aligned():
+    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(50, 7, 3)
+    layers = {"0": net[0], "2": net[2]}
+    held = [((p,), {}) for p in x.split(8)]
+    with evaluating(net):
+        tapes = record(net, layers, held, num_samples=64, seed=0)
+        again = record(net, {"2": net[2]}, held, outputs=False, num_samples=64, seed=0, stop_after=1)
+    assert tapes["0"].seen == 350
+    assert tuple(tapes["0"].X.shape) == (64, 3)
+    assert torch.equal(tapes["0"].Z.relu(), tapes["2"].X)
+    assert torch.equal(again["2"].X, tapes["2"].X)
+    assert again["2"].Z is None
+
+
+def test_the_rest_of_a_forward_pass_is_skipped():
+    class Guarded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            self.a(x)
+            raise RuntimeError("reached")
+
+    net = Guarded()
+    with evaluating(net):
+        tapes = record(net, {"a": net.a}, [((torch.ones(2, 3),), {})], num_samples=9, seed=0, stop_after=1)
+    assert len(tapes["a"].X) == 2
+
+
+def test_afterwards_the_model_is_as_it_was():
+    net = Net(RELU["module"])
+    net.norm.eval()
+    modes = [module.training for module in net.modules()]
+    with pytest.raises(RuntimeError), evaluating(net):  # noqa: PT012
+        assert not any(module.training for module in net.modules())
+        record(net, {"a": net.a}, [((torch.ones(2, 99),), {})], num_samples=9, seed=0)
+    assert [module.training for module in net.modules()] == modes
+    assert all(not module._forward_hooks for module in net.modules())
+
+
+def test_a_batch_that_the_model_refuses_is_named():
+    net = Net(RELU["module"])
+    with pytest.raises(ValueError, match=r"Net.forward takes, got inputs of shapes \[\(2, 99\)\]"):
+        watch(net, {"a": net.a}, ((torch.ones(2, 99),), {}))
+    assert all(not module._forward_hooks for module in net.modules())

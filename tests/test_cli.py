@@ -1,0 +1,141 @@
+"""The command line: recipes run, compose, print and refuse."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lightning_nettrim.cli import main
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning per type"),
+    pytest.mark.filterwarnings(r"ignore:[\s\S]*was deprecated in v4[.\d]* and will be removed:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+]
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _at_root(monkeypatch):
+    """As in a shell at the root of the repository."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["nettrim"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
+def run(tmp_path, *configs, command="fit"):
+    """A short fit of the digits recipe with deltas; returns the folder of the run."""
+    options = {
+        "accelerator": "cpu",
+        "max_epochs": 1,
+        "limit_train_batches": 20,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "logger.init_args.save_dir": tmp_path,
+    }
+    recipes = [part for config in ("recipes/digits.yaml", *configs) for part in ("--config", str(config))]
+    main([command, *recipes, *(f"--trainer.{key}={value}" for key, value in options.items())])
+    return tmp_path / "digits/version_0"
+
+
+def delta(tmp_path, **arguments):
+    """A configuration that gives nothing but the callback's arguments; those of the recipe stay where it is silent."""
+    callback = {"class_path": "lightning_nettrim.NetTrim", "init_args": arguments}
+    path = tmp_path / "delta.yaml"
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    return path
+
+
+def test_dense_delta_takes_the_callback_away(tmp_path):
+    folder = run(tmp_path, "recipes/dense.yaml")
+    assert (folder / "checkpoints").exists()
+    assert not (folder / "nettrim").exists()
+
+
+def test_magnitude_delta_prunes_the_digits_recipe(tmp_path):
+    folder = run(tmp_path, "recipes/magnitude.yaml")
+    report = json.loads((folder / "nettrim/report.json").read_text())
+    assert report["arguments"]["solver"]["class_path"].endswith("Magnitude")
+    assert [layer["sparsity"] for layer in report["layers"]] == [0.75] * 3
+    weights = torch.load(folder / "nettrim/pruned.ckpt", weights_only=True)["state_dict"]
+    assert float((weights["fc1.weight"] == 0).float().mean()) == 0.75
+
+
+def test_digits_recipe_runs(tmp_path):
+    folder = run(tmp_path)
+    report = json.loads((folder / "nettrim/report.json").read_text())
+    assert report["arguments"]["epsilon"] == 0.1
+    assert report["total"]["sparsity"] > 0.05
+    assert set(report["metrics"]["pruned"]) == {"val_acc", "val_loss"}
+
+
+def test_per_layer_options_in_yaml(tmp_path):
+    magnitude = {"class_path": "lightning_nettrim.Magnitude"}
+    own = {"fc1": {"sparsity": 0.25, "refit": True}, "re:fc[23]": {"sparsity": 0}}
+    folder = run(tmp_path, delta(tmp_path, epsilon=None, sparsity=0.5, solver=magnitude, refit=False, per_layer=own))
+    report = json.loads((folder / "nettrim/report.json").read_text())
+    assert [layer["sparsity"] for layer in report["layers"]] == [0.25, 0, 0]
+    assert report["arguments"]["per_layer"] == own
+    assert report["arguments"]["per_layer"]["fc1"]["refit"] is True
+
+
+def printed(capsys, *configs):
+    with pytest.raises(SystemExit) as ended:
+        main(["fit", *(part for config in configs for part in ("--config", str(config))), "--print_config"])
+    assert ended.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_printed_configuration_reads_back_the_same(tmp_path, capsys):
+    solver = {"class_path": "lightning_nettrim.ADMM", "init_args": {"max_steps": 50, "rtol": 0.01}}
+    text = printed(capsys, "recipes/digits.yaml", delta(tmp_path, epsilon=0.2, solver=solver))
+    (callback,) = yaml.safe_load(text)["trainer"]["callbacks"]
+    assert callback["init_args"]["epsilon"] == 0.2
+    assert callback["init_args"]["solver"]["init_args"]["max_steps"] == 50
+    assert callback["init_args"]["solver"]["init_args"]["relaxation"] == 1.7
+    again = tmp_path / "printed.yaml"
+    again.write_text(text)
+    assert yaml.safe_load(printed(capsys, again)) == yaml.safe_load(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "misspelt"),
+    [
+        ({"epsilom": 0.1}, "epsilom"),
+        ({"epsilon": 0.1, "solver": {"class_path": "lightning_nettrim.ADMM", "init_args": {"steps": 5}}}, "steps"),
+        ({"epsilon": 0.1, "scheme": "serial"}, "serial"),
+        ({"epsilon": "much"}, "much"),
+    ],
+    ids=["argument", "solver", "choice", "type"],
+)
+def test_misspelt_arguments_are_refused(tmp_path, capsys, arguments, misspelt):
+    with pytest.raises(SystemExit) as ended:
+        run(tmp_path, delta(tmp_path, **arguments))
+    assert ended.value.code != 0
+    assert misspelt in capsys.readouterr().err
+
+
+def test_validate_prunes_a_checkpoint(tmp_path):
+    dense = run(tmp_path, "recipes/dense.yaml")
+    (checkpoint,) = (dense / "checkpoints").iterdir()
+    config = tmp_path / "checkpoint.yaml"
+    config.write_text(yaml.safe_dump({"ckpt_path": str(checkpoint), "trainer": {"limit_val_batches": 1}}))
+    run(tmp_path, delta(tmp_path, per_layer={"fc3": {"sparsity": 0.75}}), config, command="validate")
+    report = json.loads((tmp_path / "digits/version_1/nettrim/report.json").read_text())
+    assert report["layers"][2]["sparsity"] == 0.75
+    assert report["metrics"]["dense"] != report["metrics"]["pruned"]
+
+
+def test_module_has_help():
+    command = [sys.executable, "-m", "lightning_nettrim", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert all(name in done.stdout for name in ("fit", "validate", "test", "predict"))

@@ -1,0 +1,77 @@
+"""The program's formulas, against their definitions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from problems import VARIANTS, layer, optimum
+
+from lightning_nettrim import LayerProblem
+
+
+@pytest.mark.parametrize("options", VARIANTS.values(), ids=VARIANTS.keys())
+def test_any_dual_guess_gives_a_lower_bound(options):
+    problem = layer(**options)
+    best = optimum(problem)
+    for size in (1e-3, 1.0, 1e3):
+        nu = size / problem.X.norm() * torch.randn_like(problem.Y)
+        guess = nu if problem.Omega is None else torch.where(problem.Omega, nu.abs(), nu)
+        assert float(problem.bound(guess)) <= best * (1 + 1e-6) + 1e-9
+        assert float(problem.bound(guess + problem.Y * size)) <= best * (1 + 1e-6) + 1e-9
+
+
+def test_trained_weights_are_feasible_and_exact():
+    problem = layer(bias=True)
+    assert float(problem.violation(problem.W)) <= 1e-12
+    assert float(problem.relative_error(problem.W)) <= 1e-12
+    assert float(problem.objective(problem.W)) == pytest.approx(float(problem.W[:-1].abs().sum()))
+
+
+def test_violation_is_the_larger_excess_over_epsilon():
+    X, W = torch.eye(2), torch.tensor([[4.0], [0.7]])
+    Y, Omega = torch.tensor([[1.0], [0.0]]), torch.tensor([[True], [False]])
+    problem = LayerProblem(X, Y, W, epsilon=torch.tensor(2.0), Omega=Omega)
+    assert float(problem.violation(W)) == pytest.approx((3.0 - 2.0) / 2.0)
+    lower = replace(problem, V=torch.tensor([[0.0], [-2.0]]))
+    assert float(lower.violation(W)) == pytest.approx(2.7 / 2.0)
+    inside = torch.tensor([[1.5], [-1.0]])
+    assert float(problem.violation(inside)) == 0
+
+
+def test_relative_error_is_that_after_the_relu():
+    X, W = torch.eye(2), torch.tensor([[3.0], [-5.0]])
+    problem = LayerProblem(X, torch.tensor([[4.0], [0.0]]), W, torch.tensor(1.0), torch.tensor([[True], [False]]))
+    assert float(problem.relative_error(W)) == pytest.approx(0.25)
+    assert float(replace(problem, Omega=None).relative_error(W)) == pytest.approx((1 + 25) ** 0.5 / 4)
+
+
+def test_nonzeros_rounds_the_zeros():
+    problem = replace(layer(N=3, M=3, bias=True), sparsity=0.5)
+    assert problem.nonzeros == 9 - round(4.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"Y": torch.zeros(200, 3, dtype=torch.float64)}, r"W: expected shape \(40, 3\)"),
+        ({"Y": torch.zeros(3, 12, dtype=torch.float64)}, r"Y: expected shape \(200, 12\)"),
+        ({"W": torch.zeros(2, 2)}, "W: expected shape"),
+        ({"epsilon": torch.tensor(0.0, dtype=torch.float64)}, "epsilon: expected > 0"),
+        ({"epsilon": None}, "neither"),
+        ({"epsilon": torch.tensor(1.0)}, "epsilon: expected torch.float64"),
+        ({"sparsity": 1.0}, "sparsity"),
+        ({"Omega": torch.zeros(200, 12)}, "Omega: expected torch.bool"),
+        ({"penalty": -torch.ones(40, dtype=torch.float64)}, "penalty"),
+        ({"X": torch.full((200, 40), torch.nan, dtype=torch.float64)}, "X: expected finite"),
+    ],
+)
+def test_malformed_problems_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(layer(), **change).validate()
+
+
+def test_half_precision_is_refused():
+    with pytest.raises(ValueError, match="float32 or float64"):
+        layer(dtype=torch.float16).validate()
