@@ -1,0 +1,103 @@
+"""The main job on real data: LeNet-300-100 on MNIST, by its recipe."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_nettrim import trim
+from lightning_nettrim.cli import main
+from recipes.data import MNIST
+from recipes.models import MLP
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning per type"),
+    pytest.mark.filterwarnings(r"ignore:[\s\S]*was deprecated in v4[.\d]* and will be removed:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+]
+
+
+def accuracy(model, data):
+    images, labels = data.held_out.tensors
+    with torch.no_grad():
+        return float((model.eval()(images).argmax(1) == labels).double().mean())
+
+
+@pytest.fixture(scope="module")
+def data():
+    module = MNIST()
+    try:
+        module.prepare_data()
+    except (OSError, RuntimeError) as error:
+        pytest.skip(f"MNIST is neither in {module.root} nor can it be downloaded ({error}): set NETTRIM_DATA")
+    module.setup("fit")
+    return module
+
+
+@pytest.fixture(scope="module")
+def run(data, tmp_path_factory):
+    """The folder that the recipe's own command has written."""
+    folder = tmp_path_factory.mktemp("mnist")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr("sys.argv", ["nettrim"])
+        config = str(ROOT / "recipes" / "mnist_lenet300.yaml")
+        main(["fit", "--config", config, "--trainer.logger.init_args.save_dir", str(folder)])
+    return folder / "mnist_lenet300" / "version_0" / "nettrim"
+
+
+def pruned_and_dense(run):
+    """The pruned network, and a dense one from the last checkpoint before it."""
+    pruned = MLP.load_from_checkpoint(run / "pruned.ckpt", map_location="cpu")
+    (checkpoint,) = (run.parent / "checkpoints").glob("*.ckpt")
+    return pruned, MLP.load_from_checkpoint(checkpoint, map_location="cpu")
+
+
+def test_the_recipe_prunes_seven_tenths_for_two_tenths_of_a_point(run, data):
+    report = json.loads((run / "report.json").read_text())
+    pruned, dense = pruned_and_dense(run)
+    assert accuracy(dense, data) >= 0.982
+    assert accuracy(pruned, data) >= accuracy(dense, data) - 0.002
+    assert report["metrics"]["dense"]["val_acc"] == pytest.approx(accuracy(dense, data), abs=1e-6)
+    assert report["metrics"]["pruned"]["val_acc"] == pytest.approx(accuracy(pruned, data), abs=1e-6)
+    weights = [layer.weight for layer in pruned.children()]
+    zeros = sum(int((weight == 0).sum()) for weight in weights)
+    assert zeros >= 0.7 * sum(weight.numel() for weight in weights)
+    assert report["total"]["sparsity"] == pytest.approx(zeros / sum(weight.numel() for weight in weights))
+    assert [int((weight == 0).sum()) for weight in weights] == [layer["zeros"] for layer in report["layers"]]
+
+
+def test_every_layer_is_certified(run):
+    report = json.loads((run / "report.json").read_text())
+    assert len(report["layers"]) == 3
+    for layer in report["layers"]:
+        assert layer["status"] == "CONVERGED"
+        assert 0 < layer["bound"] <= layer["objective"]
+        assert 0 <= layer["duality_gap"] <= 1e-3
+        assert layer["violation"] <= 1e-3
+    assert 0 < report["total"]["discrepancy"] <= report["total"]["discrepancy_bound"]
+
+
+def test_parallel_keeps_its_bound_and_cascade_is_closer(run, data):
+    _, dense = pruned_and_dense(run)
+    images, _ = data.train.tensors
+    held_out = data.held_out.tensors[0]
+    results, networks = {}, {}
+    for scheme in ("parallel", "cascade"):
+        networks[scheme] = copy.deepcopy(dense)
+        results[scheme] = trim(networks[scheme], images.split(500), epsilon=0.3, scheme=scheme, num_samples=2000)
+        assert 0 < results[scheme].discrepancy <= results[scheme].discrepancy_bound
+        assert results[scheme].sparsity >= 0.85
+        with torch.no_grad():
+            change = float((networks[scheme](held_out) - dense(held_out)).norm() / dense(held_out).norm())
+        assert change <= 0.3
+    assert results["cascade"].discrepancy < results["parallel"].discrepancy
