@@ -7,23 +7,22 @@ import os
 from collections.abc import Iterator
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import version
-from itertools import chain, islice, product
+from itertools import islice, product
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 import yaml
-from lightning.fabric.utilities.data import sized_len
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
 from lightning_nettrim import mask
+from lightning_nettrim.callbacks.calibration import calibration_batches
 from lightning_nettrim.callbacks.compare import restart, sibling, validation
 from lightning_nettrim.layers import per_layer_options, prunable, refuse_unusable
 from lightning_nettrim.report import LayerReport, TrimResult, as_json, comparison, write_histograms, write_text
@@ -330,62 +329,4 @@ class NetTrim(Callback):
         return Path(trainer.log_dir) / "nettrim"
 
     def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:
-        """The calibration batches, as the training or validation step would get them."""
-        loaders, limits = self._loaders(trainer, pl_module)
-        for index, (loader, limit) in enumerate(zip(loaders, limits, strict=True)):
-            for batch in islice(loader, limit):
-                batch = trainer.precision_plugin.convert_input(batch)
-                batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=index)
-                yield trainer.strategy.batch_to_device(batch, dataloader_idx=index)
-
-    def _loaders(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[list[Any], list[int]]:
-        """The calibration loaders, and how many batches of each the trainer's limits allow."""
-        fitting = trainer.state.fn == TrainerFn.FITTING
-        if self.calibration == "train" and fitting:
-            seen = trainer.fit_loop.epoch_loop.batch_progress.total.ready
-            loaders = _flat(trainer.train_dataloader)
-            return loaders, [_finite(trainer.num_training_batches, seen)] * len(loaders)
-        if self.calibration == "train":
-            source = trainer.datamodule or pl_module  # type: ignore[attr-defined]
-            if is_overridden("train_dataloader", source):
-                if source is not pl_module:
-                    source.setup("fit")
-                loaders = _flat(source.train_dataloader())
-                return loaders, [self._limit(trainer, loader) for loader in loaders]
-            rank_zero_warn(
-                "NetTrim: there is no train_dataloader to calibrate on in this validate: calibrating on the validation"
-                " data. Pass a datamodule with one, or set calibration='val'"
-            )
-        loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
-        if fitting:
-            loop.setup_data()
-        assert loop._combined_loader is not None  # not `trainer.val_dataloaders`, which are those of an earlier fit
-        return loop._combined_loader.flattened, [_finite(limit, self._enough) for limit in loop.max_batches]
-
-    @property
-    def _enough(self) -> int:
-        """Batches to take of a loader that may be endless."""
-        return int(self._trim_arguments["num_samples"])
-
-    def _limit(self, trainer: pl.Trainer, loader: Any) -> int:
-        """Batches of a train loader that the trainer's limit allows."""
-        limit, length = trainer.limit_train_batches, sized_len(loader)
-        if isinstance(limit, int):
-            return limit
-        return self._enough if length is None else max(1, int(limit * length))
-
-
-def _finite(limit: float, otherwise: int) -> int:
-    """The limit, or what to take in its place where there is none."""
-    return otherwise if limit == float("inf") else int(limit)
-
-
-def _flat(loaders: Any) -> list[Any]:
-    """All loaders of a collection, in order."""
-    if loaders is None:
-        return []
-    if isinstance(loaders, dict):
-        return list(chain.from_iterable(map(_flat, loaders.values())))
-    if isinstance(loaders, list | tuple):
-        return list(chain.from_iterable(map(_flat, loaders)))
-    return [loaders]
+        return calibration_batches(trainer, pl_module, self.calibration, self._trim_arguments["num_samples"])
