@@ -5,25 +5,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nettrim import mask
-from lightning_nettrim.capture import Flow, Tape, evaluating, record, watch
-from lightning_nettrim.layers import (
-    matrix,
-    parameters_of,
-    per_layer_options,
-    prunable,
-    refuse_unusable,
-    solve_dtype,
-    with_bias,
-)
+from lightning_nettrim.capture import Flow, Tape, evaluating, record
+from lightning_nettrim.layers import matrix, parameters_of, refuse_unusable, solve_dtype, with_bias
+from lightning_nettrim.plan import Budget, Plan, check_arguments, plan
 from lightning_nettrim.problem import LayerProblem
-from lightning_nettrim.report import LayerReport, SkippedLayer, TrimResult
+from lightning_nettrim.report import LayerReport, TrimResult
 from lightning_nettrim.sample import Inputs, hold
 from lightning_nettrim.solvers import ADMM, Solution, Solver, Status, refit, solve
 
@@ -31,116 +24,6 @@ log = logging.getLogger(__name__)
 
 GAMMA = 1.1
 """Slack γ of the cascade's ball, ε² ≥ γ‖(XW − Y)_Ω‖², which keeps the trained weights feasible [Aghasi et al. 2020]."""
-
-MIN_SAMPLES = 32
-"""Fewer samples than this determine no layer worth the name."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How far one layer is to be pruned: exactly one of both is set."""
-
-    epsilon: float | None = None
-    sparsity: float | None = None
-    refit: bool = True
-
-    def __str__(self) -> str:
-        """As a user would write it."""
-        return f"epsilon {self.epsilon:g}" if self.sparsity is None else f"sparsity {self.sparsity:g}"
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What `trim` is going to do: the layers in order of execution, each with its use and budget, and the rest."""
-
-    layers: dict[str, nn.Linear]
-    flows: dict[str, Flow]
-    budgets: dict[str, Budget]
-    skipped: tuple[SkippedLayer, ...]
-
-
-def budget(epsilon: float | None, sparsity: float | None, refit: bool = True) -> Budget:
-    """A checked budget.
-
-    Raises:
-        ValueError: unless exactly one of ``epsilon`` > 0 and ``sparsity`` in [0, 1) is given.
-    """
-    if (epsilon is None) == (sparsity is None):
-        both = f"epsilon={epsilon} and sparsity={sparsity}"
-        raise ValueError(f"expected exactly one of epsilon and sparsity, got {both}: set one of them")
-    if epsilon is not None and not 0 < epsilon < float("inf"):
-        raise ValueError(f"epsilon: expected > 0 (0.05 is 5 % of a layer's response), got {epsilon}")
-    if sparsity is not None and not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity: expected a fraction of zeros in [0, 1), got {sparsity}")
-    return Budget(epsilon, sparsity, refit)
-
-
-def override(common: Budget, options: Mapping[str, float | bool]) -> Budget:
-    """The common budget with a layer's own options in its place.
-
-    Raises:
-        ValueError: for options other than epsilon, sparsity and refit, and for values outside their ranges.
-    """
-    if unknown := set(options) - {"epsilon", "sparsity", "refit"}:
-        raise ValueError(f"per_layer: expected the options epsilon, sparsity and refit, got {sorted(unknown)}")
-    own_budget = {"epsilon", "sparsity"} & set(options)
-    return budget(
-        options.get("epsilon") if own_budget else common.epsilon,
-        options.get("sparsity") if own_budget else common.sparsity,
-        bool(options.get("refit", common.refit)),
-    )
-
-
-def check_arguments(
-    epsilon: float | None,
-    sparsity: float | None,
-    scheme: str,
-    num_samples: int,
-    per_layer: Mapping[str, Mapping[str, float | bool]] | None,
-    refit: bool = True,
-) -> Budget:
-    """What can be said about the arguments before a model is seen; returns the common budget.
-
-    Raises:
-        ValueError: naming the argument, what was expected and what was given.
-    """
-    common = budget(epsilon, sparsity, refit)
-    if scheme not in ("cascade", "parallel"):
-        raise ValueError(f"scheme: expected 'cascade' or 'parallel', got {scheme!r}")
-    if num_samples < MIN_SAMPLES:
-        raise ValueError(f"num_samples: expected at least {MIN_SAMPLES}, got {num_samples}: a few thousand are usual")
-    for options in (per_layer or {}).values():
-        override(common, options)
-    return common
-
-
-def plan(
-    model: nn.Module,
-    batches: Sequence[Inputs],
-    common: Budget,
-    targets: Sequence[str] | None = None,
-    ignore: Sequence[str] | None = None,
-    per_layer: Mapping[str, Mapping[str, float | bool]] | None = None,
-) -> Plan:
-    """Choose the layers and see, on one held batch, in which order they run and what follows them.
-
-    Raises:
-        ValueError: for a model, a batch or a key that cannot be used.
-    """
-    refuse_unusable(model)
-    layers, skipped = prunable(model, targets, ignore)
-    options = per_layer_options(per_layer, layers)
-    with evaluating(model):
-        flows = watch(model, layers, batches[0])
-    skipped |= {name: "never called in the forward pass" for name in layers if name not in flows}
-    if not flows:
-        raise ValueError(f"expected a layer that the forward pass reaches, got none of {', '.join(layers)}")
-    return Plan(
-        {name: layers[name] for name in flows},
-        flows,
-        {name: override(common, options[name]) for name in flows},
-        tuple(SkippedLayer(name, reason) for name, reason in skipped.items()),
-    )
 
 
 def trim(
@@ -216,7 +99,7 @@ def trim(
                 pruned |= parameters_of(name, layer, W)
                 if scheme == "cascade":
                     mask.swap(model, parameters_of(name, layer, W))
-                chained &= before is None or _feeds(todo.flows[before], tapes[before], tapes[name])
+                chained &= before is None or _feeds(before, todo.flows[before], tapes[before], tapes[name])
                 signal = X if before is None else with_bias(layer, trained[before]) if chained else None
                 if signal is not None:
                     alone = replace(problem, X=signal)
@@ -282,17 +165,17 @@ def prune(problem: LayerProblem, solver: Solver, wanted: Budget) -> tuple[Soluti
     return solution, refit(replace(problem, V=None), solution.W) if wanted.refit else solution.W
 
 
-def _answer(flow: Flow, tape: Tape) -> Tensor:
+def _answer(name: str, flow: Flow, tape: Tape) -> Tensor:
     """What the layer answers after its ReLU, if it has one, in the solve's dtype."""
-    assert tape.Z is not None
-    Z = tape.Z.to(solve_dtype(tape.Z.dtype))
+    Z = _finite(name, tape.Z)
+    Z = Z.to(solve_dtype(Z.dtype))
     return Z.relu() if flow.relu else Z
 
 
 def _responses(model: nn.Module, todo: Plan, held: Sequence[Inputs], num_samples: int, seed: int) -> dict[str, Tensor]:
     """``{name: (P, M)}``: the answers of all layers, by the weights that the model has now."""
     tapes = record(model, todo.layers, held, inputs=False, num_samples=num_samples, seed=seed)
-    return {name: _answer(todo.flows[name], tape) for name, tape in tapes.items() if _finite(name, tape.Z) is not None}
+    return {name: _answer(name, todo.flows[name], tape) for name, tape in tapes.items()}
 
 
 def _signals(
@@ -304,9 +187,9 @@ def _signals(
     return record(model, layers, held, num_samples=num_samples, seed=seed, stop_after=calls)
 
 
-def _feeds(flow: Flow, source: Tape, target: Tape) -> bool:
+def _feeds(name: str, flow: Flow, source: Tape, target: Tape) -> bool:
     """Whether the target's input is the source's answer, bit by bit and row by row."""
-    answer = _answer(flow, source)
+    answer = _answer(name, flow, source)
     return target.X is not None and torch.equal(answer, target.X.to(answer.dtype))
 
 

@@ -16,6 +16,7 @@ FLOORS = [
     {"layers", "sample"},
     {"capture"},
     {"report"},
+    {"plan"},
     {"trim"},
     {"callbacks"},
     {"cli"},

@@ -25,10 +25,11 @@ from lightning_nettrim import mask
 from lightning_nettrim.callbacks.calibration import calibration_batches
 from lightning_nettrim.callbacks.compare import restart, sibling, validation
 from lightning_nettrim.layers import per_layer_options, prunable, refuse_unusable
+from lightning_nettrim.plan import check_arguments, plan
 from lightning_nettrim.report import LayerReport, TrimResult, as_json, comparison, write_histograms, write_text
 from lightning_nettrim.sample import hold
 from lightning_nettrim.solvers import ADMM, Solver
-from lightning_nettrim.trim import check_arguments, plan, trim
+from lightning_nettrim.trim import trim
 
 
 class NetTrim(Callback):
