@@ -2,10 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
+
+BLOCK = 2**22  # entries of the largest temporary of an evaluation, one problem's
+
+Reduction = Callable[..., Tensor]
+
+
+def over(dims: tuple[int, ...], reduce: Reduction, R: Tensor) -> Tensor:
+    """``reduce`` (a sum or a norm) over all entries or, with dims (-2,), over rows; the dimensions are kept.
+
+    The order of the additions, hence the rounding, of one problem does not depend on the batch that it is in.
+    """
+    if dims == (-2,):
+        return reduce(R.mT.contiguous(), dim=-1).unsqueeze(-2)
+    rows = reduce(R, dim=-1)
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 64)).unflatten(-1, (-1, 64))
+    return reduce(reduce(rows, dim=-1), dim=-1)[..., None, None]
+
+
+def norm(R: Tensor, dims: tuple[int, ...] = (-2, -1)) -> Tensor:
+    """‖R‖ over all entries or, with dims (-2,), column by column; the dimensions are kept."""
+    return over(dims, torch.linalg.vector_norm, R)
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,7 +38,8 @@ class LayerProblem:
     Sizes: ``P`` samples, ``N`` inputs, ``M`` outputs; any leading dimensions are a batch of independent problems.
 
     Args:
-        X: ``(*batch, P, N)`` layer inputs, one sample per row; a bias is a column of ones.
+        X: ``(*batch, P, N)`` layer inputs, one sample per row; a bias is a column of ones. It may stay on the CPU
+            (best pinned) while the rest is on an accelerator: it is then streamed there in blocks of rows.
         Y: ``(*batch, P, M)`` responses of the trained layer.
         W: ``(*batch, N, M)`` trained weights, the warm start.
         epsilon: radius in the units of ``Y``: ``(*batch)`` for one ball, ``(*batch, M)`` for one per neuron.
@@ -48,7 +71,7 @@ class LayerProblem:
     def weights(self) -> Tensor:
         """``(N, 1)`` the ℓ1 weights λ."""
         if self.penalty is None:
-            return self.X.new_ones(self.X.shape[-1], 1)
+            return self.Y.new_ones(self.X.shape[-1], 1)
         return self.penalty.unsqueeze(-1)
 
     @property
@@ -75,6 +98,46 @@ class LayerProblem:
             raise ValueError("expected a problem with an epsilon, got none: set epsilon=, in the units of Y")
         return self.epsilon
 
+    def flat(self) -> LayerProblem:
+        """The same problems with exactly one batch dimension."""
+        return self._each(lambda t: t.reshape(-1, *t.shape[len(self.batch) :]))
+
+    def take(self, which: Tensor) -> LayerProblem:
+        """The problems of a flat batch that a mask names; what the whole batch shares stays shared."""
+        count = int(which.sum())
+        return self._each(lambda t: t[:1].expand(count, *t.shape[1:]) if t.stride(0) == 0 else t[which])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> LayerProblem:
+        """The problem with every batched tensor changed."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("penalty", "sparsity")}
+        return replace(self, **{n: t if t is None else change(t) for n, t in tensors.items()})
+
+    def inputs(self) -> Iterator[tuple[slice, Tensor]]:
+        """X where the rest is: whole if it is there, otherwise block by block, with the rows of each block."""
+        if self.X.device == self.Y.device:
+            yield slice(None), self.X
+            return
+        P, N = self.X.shape[-2:]
+        size = max(1, 8 * BLOCK // N)
+        for start in range(0, P, size):
+            rows = slice(start, min(start + size, P))
+            yield rows, self.X[..., rows, :].to(self.Y.device, non_blocking=True)
+
+    def blocks(self) -> Iterator[tuple[slice, LayerProblem]]:
+        """The problem's rows, a block at a time, so that an evaluation needs no temporary of the size of Y."""
+        (P, N), M = self.X.shape[-2:], self.Y.shape[-1]
+        size = max(1, BLOCK // max(N, M))
+        for start in range(0, P, size):
+            rows = slice(start, min(start + size, P))
+            part = {n: getattr(self, n) for n in ("Y", "Omega", "V")}
+            part = {n: t if t is None else t[..., rows, :] for n, t in part.items()}
+            yield rows, replace(self, X=self.X[..., rows, :].to(self.Y.device), **part)
+
+    @property
+    def centre(self) -> Tensor:
+        """``(*batch, P, M)``: Y on Ω, the ceiling elsewhere."""
+        return self.Y if self.Omega is None else torch.where(self.Omega, self.Y, 0 if self.V is None else self.V)
+
     def on_Omega(self, R: Tensor) -> Tensor:
         """R_Ω, zero elsewhere."""
         return R if self.Omega is None else torch.where(self.Omega, R, 0)
@@ -85,16 +148,17 @@ class LayerProblem:
 
     def response(self, W: Tensor) -> Tensor:
         """``(*batch, P, M)``: ReLU(XW), or XW for a linear response."""
-        return self.X @ W if self.Omega is None else (self.X @ W).relu_()
+        XW = torch.cat([X @ W for _, X in self.inputs()], -2)
+        return XW if self.Omega is None else XW.relu_()
 
     def relative_error(self, W: Tensor) -> Tensor:
         """``(*batch)``: ‖response(W) − Y‖_F / ‖Y‖_F (over 1 where Y = 0)."""
-        norm = torch.linalg.matrix_norm(self.Y)
-        return torch.linalg.matrix_norm(self.response(W) - self.Y) / torch.where(norm > 0, norm, 1)
+        size = torch.linalg.matrix_norm(self.Y)
+        return torch.linalg.matrix_norm(self.response(W) - self.Y) / torch.where(size > 0, size, 1)
 
     def objective(self, W: Tensor) -> Tensor:
         """``(*batch)``: Σ λₙ|Wₙₘ|."""
-        return (self.weights * W.abs()).sum((-2, -1))
+        return over((-2, -1), torch.sum, self.weights * W.abs())[..., 0, 0]
 
     def duality_gap(self, objective: Tensor, bound: Tensor) -> Tensor:
         """``(*batch)``: (objective − bound) relative to the larger of both.
@@ -107,11 +171,13 @@ class LayerProblem:
 
     def violation(self, W: Tensor) -> Tensor:
         """``(*batch)``: how far W is outside the ball or above the ceiling, the larger of both, relative to ε."""
-        XW = self.X @ W
-        ball = torch.linalg.vector_norm(self.on_Omega(XW - self.Y), dim=self.balls, keepdim=True)
-        outside = torch.linalg.matrix_norm((ball - self.radius).clamp(min=0))
-        above = torch.linalg.matrix_norm(self.off_Omega(XW if self.V is None else XW - self.V).clamp(min=0))
-        return torch.maximum(outside, above) / torch.linalg.matrix_norm(self.radius)
+        ball, above = self.radius.new_zeros(()), self.radius.new_zeros(())
+        for _, part in self.blocks():
+            R = part.X @ W - part.centre
+            ball = torch.hypot(ball, norm(part.on_Omega(R), self.balls))
+            above = torch.hypot(above, norm(part.off_Omega(R).clamp_(min=0)))
+        outside = norm((ball - self.radius).clamp(min=0))
+        return (torch.maximum(outside, above) / norm(self.radius))[..., 0, 0]
 
     def bound(self, nu: Tensor) -> Tensor:
         r"""``(*batch)``: a lower bound of the optimum from any dual guess ν, ``(*batch, P, M)``.
@@ -119,29 +185,53 @@ class LayerProblem:
         ⟨ν_Ω, Y_Ω⟩ − ε‖ν_Ω‖ + ⟨ν_Ωᶜ, V_Ωᶜ⟩ ≤ min Σ λₙ|Wₙₘ| whenever |Xᵀν| ≤ λ and ν ≤ 0 off Ω. The guess is made
         feasible: clipped off Ω, shifted on Ω until Xᵀν vanishes on free rows, then scaled column by column.
         """
-        if self.Omega is not None:
-            nu = torch.where(self.Omega, nu, nu.clamp(max=0))
         lam = self.weights
         free = (lam == 0).squeeze(-1)
-        if self.penalty is not None and bool(free.any()):
-            nu = self._balance(nu, self.X[..., free])
-        slope = torch.where(lam > 0, (self.X.mT @ nu).abs() / lam, 0)
-        nu = nu / slope.amax(-2, keepdim=True).clamp(min=1)
-        on = self.on_Omega(nu)
-        value = (on * self.Y).sum((-2, -1))
-        value = value - (self.radius * torch.linalg.vector_norm(on, dim=self.balls, keepdim=True)).sum((-2, -1))
-        return value if self.V is None else value + (self.off_Omega(nu) * self.V).sum((-2, -1))
+        shift, solved = self._balance(nu, free) if bool(free.any()) else (None, 1.0)
+        slope = torch.zeros_like(self.W)
+        for rows, part in self.blocks():
+            slope += part.X.mT @ part._clip(nu[..., rows, :], free, shift)
+        scale = solved / torch.where(lam > 0, slope.abs() / lam, 0).amax(-2, keepdim=True).clamp(min=1)
+        value, ball = scale.new_zeros(()), scale.new_zeros(())
+        for rows, part in self.blocks():
+            dual = part._clip(nu[..., rows, :], free, shift) * scale
+            value = value + over((-2, -1), torch.sum, dual * part.centre)
+            ball = torch.hypot(ball, norm(part.on_Omega(dual), self.balls))
+        return (value - over((-2, -1), torch.sum, self.radius * ball))[..., 0, 0]
 
-    def _balance(self, nu: Tensor, A: Tensor) -> Tensor:
-        """ν moved on Ω, as little as possible, until Aᵀν = 0; columns for which that cannot be are set to zero."""
-        on = torch.ones_like(nu) if self.Omega is None else self.Omega.to(nu)
-        A, total = A.double(), (A.double().mT @ nu.double()).mT.unsqueeze(-1)  # (*batch, M, F, 1)
-        gram = torch.einsum("...pf,...pm,...pg->...mfg", A, on.double(), A)
+    def _clip(self, nu: Tensor, free: Tensor, shift: Tensor | None = None) -> Tensor:
+        """ν clipped off Ω and moved on Ω by the shift along the free inputs."""
+        moved = nu if shift is None else nu - self.X[..., free] @ shift
+        return moved if self.Omega is None else torch.where(self.Omega, moved, nu.clamp(max=0))
+
+    def _balance(self, nu: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
+        """The least shift on Ω, ``(*batch, F, M)``, after which Xᵀν = 0 on the F free rows, and where there is one."""
+        total = gram = torch.zeros((), dtype=torch.float64, device=nu.device)
+        for rows, part in self.blocks():
+            A, clipped = part.X[..., free].double(), part._clip(nu[..., rows, :], free).double()
+            on = torch.ones_like(clipped) if part.Omega is None else part.Omega.double()
+            pairs = (A.unsqueeze(-1) * A.unsqueeze(-2)).flatten(-2)  # (*batch, P, F²)
+            total = total + (clipped.mT @ A).unsqueeze(-1)  # (*batch, M, F, 1)
+            gram = gram + (on.mT @ pairs).unflatten(-1, total.shape[-2:-1] * 2)
         shift = torch.linalg.pinv(gram, hermitian=True) @ total
-        nu = nu - on * (A @ shift.squeeze(-1).mT).to(nu)
         missing = torch.linalg.vector_norm(total - gram @ shift, dim=(-2, -1))
         solved = missing <= 1e-9 * torch.linalg.vector_norm(total, dim=(-2, -1)).clamp(min=1e-300)
-        return nu * solved.unsqueeze(-2).to(nu)
+        return shift.squeeze(-1).mT.to(nu), solved.unsqueeze(-2).to(nu)
+
+    def compressed(self) -> LayerProblem:
+        """A linear response's program on at most N + 1 rows: the same W are feasible, at the same distance from Y.
+
+        With (X Y) = Q (A B; 0 C), ‖XW − Y‖² = ‖AW − B‖² + ‖C‖², in each column; the last row holds the norms of C's.
+        """
+        P, N = self.X.shape[-2:]
+        if self.Omega is not None or P <= N + 1:
+            return self
+        joint = torch.cat([self.X, self.Y.to(self.X.device)], -1)
+        R = torch.linalg.qr(joint, mode="r").R.to(self.Y.device)
+        A, B, C = R[..., :N, :N], R[..., :N, N:], R[..., N:, N:]
+        X = torch.cat([A, torch.zeros_like(A[..., :1, :])], -2)
+        Y = torch.cat([B, torch.linalg.vector_norm(C, dim=-2, keepdim=True)], -2)
+        return replace(self, X=X, Y=Y)
 
     def validate(self) -> LayerProblem:
         """The problem itself, once its shapes, dtypes and values are seen to be usable.
@@ -169,9 +259,10 @@ class LayerProblem:
                     f" and Y {tuple(self.Y.shape)}, got {tuple(tensor.shape)}"
                 )
             kind = torch.bool if name == "Omega" else self.X.dtype
-            if tensor.dtype != kind or tensor.device != self.X.device:
+            streamed = name == "X" and tensor.device.type == "cpu"
+            if tensor.dtype != kind or (tensor.device != self.Y.device and not streamed):
                 raise ValueError(
-                    f"{name}: expected {kind} on {self.X.device}, got {tensor.dtype} on {tensor.device}: convert it"
+                    f"{name}: expected {kind} on {self.Y.device}, got {tensor.dtype} on {tensor.device}: convert it"
                 )
             if name != "Omega" and not bool(tensor.isfinite().all()):
                 raise ValueError(f"{name}: expected finite values, got NaN or Inf: look at what feeds this layer")

@@ -5,40 +5,44 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def soft_threshold(T: Tensor, threshold: Tensor | float) -> Tensor:
-    """argmin_S threshold·‖S‖₁ + ½‖S − T‖² = sign(T)·max(|T| − threshold, 0); shapes broadcast."""
-    return T.sign() * (T.abs() - threshold).clamp_(min=0)
+from lightning_nettrim.problem import norm
 
 
-def project_relu_ball(
-    T: Tensor,
-    Y: Tensor,
+def soft_threshold(T: Tensor, threshold: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """argmin_S threshold·‖S‖₁ + ½‖S − T‖² = T − min(max(T, −threshold), threshold); shapes broadcast."""
+    return torch.sub(T, torch.clamp(T, -threshold, threshold, out=out), out=out)
+
+
+def reflect_relu_ball(
+    D: Tensor,
     radius: Tensor,
     Omega: Tensor | None = None,
-    V: Tensor | None = None,
     balls: tuple[int, ...] = (-2, -1),
+    *,
+    out: Tensor | None = None,
+    work: Tensor | None = None,
 ) -> Tensor:
-    """argmin_Z ‖Z − T‖  s.t.  ‖(Z − Y)_Ω‖ ≤ radius over the dimensions ``balls``,  Z_Ωᶜ ≤ V_Ωᶜ.
+    """D − 2·argmin_Z ‖Z − D‖  s.t.  ‖Z_Ω‖ ≤ radius over the dimensions ``balls``,  Z_Ωᶜ ≤ 0.
+
+    It is (1 − 2 min(1, radius/‖D_Ω‖))·D on Ω and |D| elsewhere; the projection itself is half of D less it.
 
     Args:
-        T: ``(*batch, P, M)`` point to project.
-        Y: ``(*batch, P, M)`` centre of the balls.
+        D: ``(*batch, P, M)`` point, measured from the centre of the ball on Ω and from the ceiling elsewhere.
         radius: ``(*batch, 1, 1)`` or ``(*batch, 1, M)``.
         Omega: ``(*batch, P, M)`` bool; ``None`` is everywhere.
-        V: ``(*batch, P, M)`` ceiling; ``None`` is 0.
         balls: dimensions over which one ball reaches.
+        out: where to write the answer.
+        work: where to write what is needed on the way.
 
     References:
         Aghasi, Abdi, Romberg 2020, Section 4.1.
     """
-    E = T - Y
-    R = E if Omega is None else torch.where(Omega, E, 0)
-    norm = torch.linalg.vector_norm(R, dim=balls, keepdim=True)
-    Z = torch.addcmul(Y, E, torch.where(norm > radius, radius / norm, 1))
+    on = D if Omega is None else torch.mul(D, Omega, out=work)
+    length = norm(on, balls)
+    shrink = 1 - 2 * torch.where(length > radius, radius / length, 1)
     if Omega is None:
-        return Z
-    return torch.where(Omega, Z, T.clamp(max=0) if V is None else torch.minimum(T, V))
+        return torch.mul(D, shrink, out=out)
+    return torch.sub(D, on, out=out).abs_().addcmul_(on, shrink)
 
 
 def project_topk(W: Tensor, k: int, score: Tensor | None = None) -> Tensor:

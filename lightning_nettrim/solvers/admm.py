@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_nettrim.problem import LayerProblem
-from lightning_nettrim.prox import project_relu_ball, project_topk, soft_threshold
+from lightning_nettrim.problem import LayerProblem, norm
+from lightning_nettrim.prox import project_topk, reflect_relu_ball, soft_threshold
 from lightning_nettrim.solvers.base import Certificate, IterativeSolver, Solution, iterate
 
 
 class _State(NamedTuple):
-    """Copies Z = XW and S = W, the point T that Z projects (U₁ = Z − T), the dual U₂, and the penalties."""
+    """Copies Z = XW and S = W with scaled duals U₁, U₂, kept as what the steps read; C is Y on Ω and V elsewhere."""
 
-    T: Tensor  # (*batch, P, M)
-    Z: Tensor  # (*batch, P, M)
-    S: Tensor  # (*batch, N, M)
-    U: Tensor  # (*batch, N, M)
-    tau: Tensor  # (*batch, 1, 1) soft threshold 1/(ρκ), in the units of W
-    kappa: Tensor  # (*batch, N, 1) weight of the split S = W, 0 on free rows
-    inverse: Tensor  # (*batch, N, N) (XᵀX + κ)⁻¹
+    W: Tensor  # (B, N, M)
+    S: Tensor  # (B, N, M)
+    T: Tensor  # (B, N, M) S − U₂
+    g: Tensor  # (B, N, M) Xᵀ(Z + U₁ − XW)
+    R: Tensor  # (B, P, M) XW − C
+    D: Tensor  # (B, P, M) Z − U₁ − C
+    G: Tensor  # (B, P, M) D − 2(Z − C), so that Z − C = (D − G)/2 and U₁ = −(D + G)/2
+    E: Tensor  # (B, P, M) work
+    F: Tensor  # (B, P, M) with products in TF32: G + R, of which g is the image; else (B, 0, 0)
+    tau: Tensor  # (B, 1, 1) soft threshold 1/(ρκ), in the units of W
+    kappa: Tensor  # (B, N, 1) weight of the split S = W, 0 on free rows
+    inverse: Tensor  # (B, N, N) (XᵀX + κ)⁻¹
 
 
 @dataclass(frozen=True)
 class ADMM(IterativeSolver):
     """The convex Net-Trim program by over-relaxed ADMM, certified by its duality gap.
 
-    Two products with X per step. The factor does not depend on ρ, so a new ρ is free; ρ is moved until the violation
-    and the duality gap, each over its tolerance, fall together. Free rows (the bias) are eliminated, not split, which
-    centres the inputs. At a ``sparsity`` the radius is searched, the support then cut or filled to the exact count.
+    Two products with X per step, in buffers that are allocated once: five of the size of Y, four of the size of W. The
+    steps move W by increments and the residuals are renewed at each look at the certificate, so that rounding does
+    not pile up. The factor does not depend on ρ, so a new ρ is free; ρ is moved until the violation and the duality
+    gap, each over its tolerance, fall together. Free rows (the bias) are eliminated, not split, which centres the
+    inputs. A linear response is compressed to N + 1 rows first. At a ``sparsity`` the radius is searched, the support
+    then cut or filled to the exact count.
 
     Args:
         max_steps: steps at most.
@@ -39,12 +49,14 @@ class ADMM(IterativeSolver):
         atol: violation to reach, as a fraction of ε.
         check_every: steps between two looks at the certificate.
         relaxation: over-relaxation α in (0, 2).
+        tf32: let the float32 products of a step use TF32 where the hardware has it; the certificate never does.
 
     References:
         Aghasi, Abdi, Romberg 2020, Section 4; Boyd et al., "Distributed Optimization ... ADMM", 2011, Section 3.4.
     """
 
-    relaxation: float = 1.7
+    relaxation: float = 1.8
+    tf32: bool = False
 
     def __post_init__(self) -> None:
         """Refuse numbers that cannot be meant."""
@@ -54,57 +66,76 @@ class ADMM(IterativeSolver):
 
     def solve(self, problem: LayerProblem) -> Solution:
         """Solve at the problem's radius, or at its sparsity where one is set."""
-        return iterate(problem, self) if problem.sparsity is None else self._at_sparsity(problem)
+        if problem.sparsity is None:
+            return iterate(problem.compressed(), self)
+        return self._at_sparsity(problem.compressed())
 
     def init(self, problem: LayerProblem, warm: _State | None = None) -> _State:
-        """Start from the trained weights, whose duals are zero, or from a neighbouring radius."""
+        """Start from the trained weights, whose duals are zero, or go on from a neighbouring radius."""
         if warm is not None:
             return warm
         penalised = problem.weights > 0
-        H = (problem.X.mT @ problem.X).double()
-        kappa = torch.where(penalised, _mean_energy(H, penalised.squeeze(-1)), 0)
-        inverse = torch.linalg.inv_ex(H + torch.diag_embed(kappa.squeeze(-1))).inverse
+        kappa, inverse = _factor(problem, penalised.squeeze(-1))
         S = problem.W.clone()
-        XW = problem.X @ S
-        Z = project_relu_ball(XW, problem.Y, problem.radius, problem.Omega, problem.V, problem.balls)
-        size = (problem.weights * S.abs()).sum((-2, -1), keepdim=True) / (penalised.sum() * S.shape[-1])
+        size = problem.objective(S)[..., None, None] / (penalised.sum() * S.shape[-1])
         tau = 0.3 * torch.where(size > 0, size, 1)
-        return _State(Z.clone(), Z, S, torch.zeros_like(S), tau, kappa.to(S), inverse.to(S))
+        D = torch.empty_like(problem.Y)
+        G, R, E = torch.empty_like(D), torch.empty_like(D), torch.empty_like(D)
+        self._residual(problem, S, R)
+        reflect_relu_ball(R, problem.radius, problem.Omega, problem.balls, out=G, work=E)
+        torch.sub(R, G, out=D).mul_(0.5)
+        torch.neg(D, out=G)
+        F = torch.empty_like(D) if self.tf32 else D[:, :0, :0]
+        return _State(S.clone(), S, S.clone(), torch.empty_like(S), R, D, G, E, F, tau, kappa, inverse)
 
     def step(self, problem: LayerProblem, state: _State) -> _State:
-        """One round of W, Z, S and both duals; with U₁ = Z − T the dual ascent of Z is in T."""
-        T, Z, S, U, tau, kappa, inverse = state
-        alpha = torch.where(kappa > 0, self.relaxation, 1.0).to(S)
-        W = inverse @ torch.addcmul(problem.X.mT @ torch.sub(2 * Z, T), kappa, S + U)  # W-update, Z + U₁ = 2Z − T
-        T = T.add(torch.sub(problem.X @ W, Z), alpha=self.relaxation)  # over-relaxed XW − U₁
-        Z = project_relu_ball(T, problem.Y, problem.radius, problem.Omega, problem.V, problem.balls)
-        R = alpha * W + (1 - alpha) * S - U  # over-relaxed W − U₂
-        S = soft_threshold(R, tau * problem.weights)
-        return _State(T, Z, S, S - R, tau, kappa, inverse)
+        """One round of W, Z, S and both duals."""
+        W, S, T, g, R, D, G, E, F, tau, kappa, inverse = state
+        alpha = self.relaxation
+        with _tf32(self.tf32):
+            move = torch.bmm(inverse, torch.sub(S, T).add_(S).sub_(W).mul_(kappa).add_(g))  # W-update
+            W += move
+            for rows, X in problem.inputs():
+                R[:, rows].baddbmm_(X, move)
+            D.lerp_(G, alpha / 2).add_(R, alpha=alpha)  # over-relaxed XW − U₁, the dual ascent of Z included
+            reflect_relu_ball(D, problem.radius, problem.Omega, problem.balls, out=G, work=E)  # Z-update
+            if self.tf32:  # the product of the change alone, in which a coarse rounding does no harm
+                change = F.sub_(torch.add(G, R, out=E))
+                _adjoint(problem, change, g, beta=1)
+                F.copy_(E)
+            else:
+                _adjoint(problem, torch.add(G, R, out=E).neg_(), g)
+        relaxed = torch.where(kappa > 0, alpha, 1.0).to(W)
+        T.addcmul_(relaxed, W).addcmul_(relaxed, S, value=-1)  # over-relaxed W − U₂
+        soft_threshold(T, tau * problem.weights, out=S)  # S-update
+        return state
 
     def certify(self, problem: LayerProblem, state: _State) -> Certificate:
         """The sparse copy S, and the bound of ν = ρU₁."""
         kappa = state.kappa.amax(-2, keepdim=True)
-        nu = (state.Z - state.T) / (kappa * state.tau)
-        objective, bound = problem.objective(state.S), problem.bound(nu)
-        return Certificate(state.S, objective, bound, problem.duality_gap(objective, bound), problem.violation(state.S))
+        nu = torch.add(state.D, state.G, out=state.E).mul_(-0.5 / (kappa * state.tau))
+        return Certificate(state.S, problem.objective(state.S), problem.bound(nu), problem.violation(state.S))
 
-    def adapt(self, problem: LayerProblem, previous: _State, state: _State, certificate: Certificate) -> _State:
-        """Move ρ = 1/(κτ) to where the primal and the dual residual, each over its variable's size, are in balance.
-
-        The balance leans, by a factor of ten at most, towards the one of violation and gap that is farther from done.
-        """
-        alpha, root = self.relaxation, state.kappa.sqrt()
-        Z, S = state.Z - previous.Z, root * (state.S - previous.S)
-        over = root * (state.S - state.U + previous.U - previous.S)
-        primal = _length((state.T - previous.T) / alpha - Z, over / alpha - S)
-        dual = _length(Z, S)
-        relative = primal / _length(problem.Y, root * state.S) * _length(state.Z - state.T, root * state.U) / dual
-        lean = (certificate.violation / self.atol / (certificate.gap.clamp(min=0) / self.rtol)).sqrt()
-        lean = lean.nan_to_num(1.0).clamp(0.1, 10.0)[..., None, None]
-        factor = (relative * lean).sqrt().nan_to_num(1.0).clamp(0.5, 2.0)
+    def adapt(self, problem: LayerProblem, state: _State, lag: Tensor) -> _State:
+        """Multiply ρ = 1/(κτ) by √lag, two at most; the scaled duals shrink by as much, Z and S stay."""
+        S, T, R, D, G, E = state.S, state.T, state.R, state.D, state.G, state.E
+        factor = lag.sqrt().nan_to_num(1.0).clamp(0.5, 2.0)[..., None, None]
         factor = torch.where((factor > 1.2) | (factor < 0.8), factor, 1)
-        return state._replace(T=torch.lerp(state.Z, state.T, 1 / factor), U=state.U / factor, tau=state.tau / factor)
+        same, other = (1 / factor + 1) / 2, (1 / factor - 1) / 2
+        torch.mul(D, other, out=E)
+        D.mul_(same).addcmul_(G, other)
+        G.mul_(same).add_(E)
+        T.sub_(S).div_(factor).add_(S)
+        self._residual(problem, state.W, R)
+        _adjoint(problem, torch.add(G, R, out=E).neg_(), state.g)
+        if self.tf32:
+            torch.neg(E, out=state.F)
+        return state._replace(tau=state.tau / factor)
+
+    def _residual(self, problem: LayerProblem, W: Tensor, out: Tensor) -> None:
+        """XW − C, afresh."""
+        for rows, part in problem.blocks():
+            out[:, rows] = torch.baddbmm(part.centre, part.X, W, beta=-1)
 
     def _at_sparsity(self, problem: LayerProblem) -> Solution:
         """Search log ε for the number of non-zeros, solve there, and cut or fill the support to the exact count."""
@@ -140,13 +171,43 @@ class ADMM(IterativeSolver):
         return replace(solution, W=_exactly(k, solution.W, problem))
 
 
-def _length(P: Tensor, N: Tensor) -> Tensor:
-    """``(*batch, 1, 1)``: the joint norm of a P×M and an N×M matrix."""
-    return torch.hypot(torch.linalg.matrix_norm(P, keepdim=True), torch.linalg.matrix_norm(N, keepdim=True))
+def _adjoint(problem: LayerProblem, E: Tensor, g: Tensor, beta: int = 0) -> None:
+    """g ← βg + XᵀE."""
+    for rows, X in problem.inputs():
+        g.baddbmm_(X.mT, E[:, rows], beta=beta)
+        beta = 1
+
+
+@contextmanager
+def _tf32(allowed: bool) -> Iterator[None]:
+    """Float32 products in TF32 within."""
+    before = torch.get_float32_matmul_precision()
+    if allowed:
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        if allowed:
+            torch.set_float32_matmul_precision(before)
+
+
+def _factor(problem: LayerProblem, penalised: Tensor) -> tuple[Tensor, Tensor]:
+    """κ, ``(B, N, 1)``, the mean energy of the penalised inputs, and (XᵀX + κ)⁻¹."""
+    N = problem.X.shape[-1]
+    H = problem.Y.new_zeros(len(problem.Y), N, N)
+    for _, X in problem.inputs():
+        H.baddbmm_(X.mT, X)
+    H = H.double()
+    energy = _mean_energy(H, penalised)
+    kappa = torch.where(penalised.unsqueeze(-1), energy, 0)
+    # a trace of damping, which a proximal W-update allows, for free rows that are nothing or one another
+    H.diagonal(dim1=-2, dim2=-1).add_(torch.where(penalised, energy[..., 0], 1e-6 * energy[..., 0]))
+    inverse = torch.stack([torch.cholesky_inverse(torch.linalg.cholesky_ex(h).L) for h in H])
+    return kappa.to(problem.W), inverse.to(problem.W)
 
 
 def _mean_energy(H: Tensor, penalised: Tensor) -> Tensor:
-    """``(*batch, 1, 1)``: mean diagonal of H over the penalised rows, once the free rows are eliminated."""
+    """``(B, 1, 1)``: mean diagonal of H over the penalised rows, once the free rows are eliminated."""
     diagonal = H.diagonal(dim1=-2, dim2=-1)[..., penalised]
     if not bool(penalised.all()):
         F = H[..., ~penalised, :]

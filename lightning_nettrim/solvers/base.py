@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_nettrim.problem import LayerProblem
+from lightning_nettrim.problem import LayerProblem, norm
 
 
 class Status(IntEnum):
@@ -64,7 +64,6 @@ class Certificate(NamedTuple):
     W: Tensor
     objective: Tensor
     bound: Tensor
-    gap: Tensor
     violation: Tensor
 
 
@@ -92,19 +91,22 @@ class IterativeSolver(Solver):
 
     @abstractmethod
     def init(self, problem: LayerProblem, warm: Any = None) -> Any:
-        """The first state, from the trained weights or from a neighbouring problem's last state."""
+        """The first state of a flat batch, from the trained weights or from a neighbouring problem's last state."""
 
     @abstractmethod
     def step(self, problem: LayerProblem, state: Any) -> Any:
-        """One iteration, without host synchronisation."""
+        """One iteration, in the state's own buffers, without host synchronisation."""
 
     @abstractmethod
     def certify(self, problem: LayerProblem, state: Any) -> Certificate:
         """The answer that the state holds and its certificate."""
 
     @abstractmethod
-    def adapt(self, problem: LayerProblem, previous: Any, state: Any, certificate: Certificate) -> Any:
-        """The state with its penalties moved in the light of its last step and of its certificate."""
+    def adapt(self, problem: LayerProblem, state: Any, lag: Tensor) -> Any:
+        """The state, free of accumulated rounding, with its penalties moved.
+
+        ``lag``, ``(batch)``, is how far the violation is from its tolerance over how far the gap is from its own.
+        """
 
     def solve(self, problem: LayerProblem) -> Solution:
         """Iterate from the trained weights."""
@@ -112,42 +114,64 @@ class IterativeSolver(Solver):
 
 
 def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None) -> Solution:
-    """The one loop: step, look at the certificate every ``check_every`` steps, freeze what is finished.
+    """The one loop: step, look at the certificate every ``check_every`` steps, let go of what is finished.
 
-    A program is called INFEASIBLE once its lower bound exceeds a thousand times the norms of the trained weights
-    and of the current answer while the constraints are still violated: no feasible program comes near that.
+    Any lower bound ever shown holds, so the best one counts. A program is called INFEASIBLE once its lower bound
+    exceeds a thousand times the norms of the trained weights and of the current answer while the constraints are
+    still violated: no feasible program comes near that.
     """
+    shape = problem.batch
+    whole = problem = problem.flat()
     state = solver.init(problem, warm)
-    best = solver.certify(problem, state)
-    trained = problem.objective(problem.W)
-    status = torch.full(problem.batch, Status.MAX_STEPS, device=problem.X.device)
-    steps = torch.full(problem.batch, solver.max_steps, device=problem.X.device)
-    active = torch.ones_like(status, dtype=torch.bool)
+    W, objective, bound, violation = (t.clone() for t in solver.certify(problem, state))
+    status = torch.full_like(objective, Status.MAX_STEPS, dtype=torch.int64)
+    steps = torch.full_like(status, solver.max_steps)
+    trained, left = problem.objective(problem.W), torch.arange(len(status), device=status.device)
+    finished: list[tuple[Tensor, Any]] = []
+    state = solver.adapt(problem, state, torch.ones_like(objective))
     for step in range(1, solver.max_steps + 1):
-        previous, state = state, solver.step(problem, state)
+        state = solver.step(problem, state)
         if step % solver.check_every and step != solver.max_steps:
             continue
         now = solver.certify(problem, state)
         lost = ~torch.isfinite(now.objective + now.violation)
-        solved = (now.violation <= solver.atol) & (now.gap >= 0) & (now.gap <= solver.rtol) & ~lost
-        infeasible = (now.bound > 1e3 * torch.maximum(trained, now.objective)) & (now.violation > solver.atol) & ~lost
-        keep = active & ~lost
-        best = Certificate(*(torch.where(_over(keep, new), new, old) for new, old in zip(now, best, strict=True)))
+        best = torch.where(now.bound > bound[left], now.bound, bound[left])
+        gap = problem.duality_gap(now.objective, best)
+        solved = (now.violation <= solver.atol) & (gap >= 0) & (gap <= solver.rtol) & ~lost
+        beyond = best > 1e3 * torch.maximum(trained[left], now.objective)
+        infeasible = beyond & (now.violation > solver.atol) & ~lost
+        kept = left[~lost]
+        W[kept], objective[kept], violation[kept] = now.W[~lost], now.objective[~lost], now.violation[~lost]
+        bound[kept] = best[~lost]
         for flag, value in ((solved, Status.CONVERGED), (infeasible, Status.INFEASIBLE), (lost, Status.NONFINITE)):
-            status = torch.where(active & flag, int(value), status)
-            steps = torch.where(active & flag, step, steps)
-        active = active & ~(solved | infeasible | lost)
-        if not bool(active.any()):
+            status[left[flag]] = int(value)
+        done = solved | infeasible | lost
+        steps[left[done]] = step
+        if bool(done.all()) or step == solver.max_steps:
             break
-        if step <= solver.max_steps // 2:  # fixed penalties in the second half, for which convergence is proved
-            state = solver.adapt(problem, previous, state, now)
-    epsilon = torch.linalg.matrix_norm(problem.radius)
-    return Solution(best.W, status, steps, *best[1:], epsilon, state)
+        lag = (now.violation / solver.atol) / (gap.clamp(min=0) / solver.rtol)
+        if bool(done.any()):
+            finished.append((left[done], _members(state, done)))
+            left, lag, state, problem = left[~done], lag[~done], _members(state, ~done), problem.take(~done)
+        # fixed penalties in the second half, for which convergence is proved
+        state = solver.adapt(problem, state, lag if step <= solver.max_steps // 2 else torch.ones_like(lag))
+    state = _together([*finished, (left, state)])
+    gap, epsilon = whole.duality_gap(objective, bound), norm(whole.radius)[..., 0, 0]
+    answer = (W, status, steps, objective, bound, gap, violation, epsilon)
+    return Solution(*(t.reshape(shape + t.shape[1:]) for t in answer), state)
 
 
-def _over(flag: Tensor, like: Tensor) -> Tensor:
-    """A flag per problem, shaped to be broadcast over ``like``."""
-    return flag.reshape(flag.shape + (1,) * (like.dim() - flag.dim()))
+def _members(state: Any, which: Tensor) -> Any:
+    """The state of some members of a batch."""
+    return type(state)(*(t[which] for t in state))
+
+
+def _together(parts: list[tuple[Tensor, Any]]) -> Any:
+    """One state of all members, in their order, from those of disjoint groups."""
+    if len(parts) == 1:
+        return parts[0][1]
+    order = torch.cat([index for index, _ in parts]).argsort()
+    return type(parts[0][1])(*(torch.cat(tensors)[order] for tensors in zip(*(s for _, s in parts), strict=True)))
 
 
 def solve(problem: LayerProblem, solver: Solver) -> Solution:
