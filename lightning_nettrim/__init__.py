@@ -3,7 +3,7 @@
 from lightning_nettrim.callbacks import NetTrim
 from lightning_nettrim.problem import LayerProblem
 from lightning_nettrim.report import LayerReport, TrimResult
-from lightning_nettrim.solvers import ADMM, Magnitude, Solution, Solver, Status, refit, solve
+from lightning_nettrim.solvers import ADMM, Magnitude, Solution, Solver, Status, path, refit, solve
 from lightning_nettrim.trim import trim
 
 __version__ = "0.1.0"
@@ -18,6 +18,7 @@ __all__ = [
     "Solver",
     "Status",
     "TrimResult",
+    "path",
     "refit",
     "solve",
     "trim",

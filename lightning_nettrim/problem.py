@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,8 @@ class LayerProblem:
     def _each(self, change: Callable[[Tensor], Tensor]) -> LayerProblem:
         """The problem with every batched tensor changed."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("penalty", "sparsity")}
-        return replace(self, **{n: t if t is None else change(t) for n, t in tensors.items()})
+        changed: dict[str, Any] = {n: t if t is None else change(t) for n, t in tensors.items()}
+        return replace(self, **changed)
 
     def inputs(self) -> Iterator[tuple[slice, Tensor]]:
         """X where the rest is: whole if it is there, otherwise block by block, with the rows of each block."""
@@ -129,7 +131,7 @@ class LayerProblem:
         size = max(1, BLOCK // max(N, M))
         for start in range(0, P, size):
             rows = slice(start, min(start + size, P))
-            part = {n: getattr(self, n) for n in ("Y", "Omega", "V")}
+            part: dict[str, Any] = {n: getattr(self, n) for n in ("Y", "Omega", "V")}
             part = {n: t if t is None else t[..., rows, :] for n, t in part.items()}
             yield rows, replace(self, X=self.X[..., rows, :].to(self.Y.device), **part)
 
@@ -161,7 +163,7 @@ class LayerProblem:
         return over((-2, -1), torch.sum, self.weights * W.abs())[..., 0, 0]
 
     def duality_gap(self, objective: Tensor, bound: Tensor) -> Tensor:
-        """``(*batch)``: (objective − bound) relative to the larger of both.
+        """``(*batch)``: (objective − bound) relative to the larger of both, in size.
 
         Relative to a thousandth of the trained weights' norm where that is larger, so that an optimum of zero has one.
         """
@@ -171,13 +173,26 @@ class LayerProblem:
 
     def violation(self, W: Tensor) -> Tensor:
         """``(*batch)``: how far W is outside the ball or above the ceiling, the larger of both, relative to ε."""
-        ball, above = self.radius.new_zeros(()), self.radius.new_zeros(())
-        for _, part in self.blocks():
-            R = part.X @ W - part.centre
+        return self.infeasibility(W, torch.zeros_like(self.Y[..., :1, :1]).expand_as(self.Y))[0]
+
+    def infeasibility(self, W: Tensor, nu: Tensor) -> tuple[Tensor, Tensor]:
+        """``(*batch)`` each: the violation of W, and what it is worth at the prices ν of the constraints.
+
+        An objective below the optimum is bought by violation: to first order, by ‖ν_Ω‖ times the excess over ε plus
+        ⟨|ν_Ωᶜ|, excess over V⟩.
+        """
+        zero = self.radius.new_zeros(())
+        ball, above, price, worth = zero, zero, zero, zero
+        for rows, part in self.blocks():
+            R, dual = part.X @ W - part.centre, nu[..., rows, :]
             ball = torch.hypot(ball, norm(part.on_Omega(R), self.balls))
-            above = torch.hypot(above, norm(part.off_Omega(R).clamp_(min=0)))
-        outside = norm((ball - self.radius).clamp(min=0))
-        return (torch.maximum(outside, above) / norm(self.radius))[..., 0, 0]
+            price = torch.hypot(price, norm(part.on_Omega(dual), self.balls))
+            excess = part.off_Omega(R).clamp_(min=0)
+            above = torch.hypot(above, norm(excess))
+            worth = worth + over((-2, -1), torch.sum, excess.mul_(dual.clamp(max=0)))
+        excess = (ball - self.radius).clamp(min=0)
+        worth = over((-2, -1), torch.sum, price * excess) - worth
+        return (torch.maximum(norm(excess), above) / norm(self.radius))[..., 0, 0], worth[..., 0, 0]
 
     def bound(self, nu: Tensor) -> Tensor:
         r"""``(*batch)``: a lower bound of the optimum from any dual guess ν, ``(*batch, P, M)``.

@@ -47,7 +47,7 @@ def layer(P=200, N=40, M=12, *, gain=0.1, relu=True, bias=False, scale=1.0, dtyp
     if options.get("per_neuron"):
         epsilon = torch.maximum(gain * Y.norm(dim=0).clamp(min=1e-3), 1.1**0.5 * miss.norm(dim=0))
     else:
-        epsilon = torch.maximum(gain * Y.norm(), 1.1**0.5 * miss.norm())
+        epsilon = torch.maximum(gain * Y.norm().clamp(min=1e-3), 1.1**0.5 * miss.norm())
     tensors = {"X": X, "Y": Y, "W": W, "epsilon": epsilon, "V": V, "penalty": penalty}
     return LayerProblem(**{k: t if t is None else t.to(dtype) for k, t in tensors.items()}, Omega=Omega)
 

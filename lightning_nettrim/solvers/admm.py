@@ -10,12 +10,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_nettrim.problem import LayerProblem, norm
+from lightning_nettrim.problem import LayerProblem, norm, over
 from lightning_nettrim.prox import project_topk, reflect_relu_ball, soft_threshold
 from lightning_nettrim.solvers.base import Certificate, IterativeSolver, Solution, iterate
 
 
-class _State(NamedTuple):
+class ADMMState(NamedTuple):
     """Copies Z = XW and S = W with scaled duals U₁, U₂, kept as what the steps read; C is Y on Ω and V elsewhere."""
 
     W: Tensor  # (B, N, M)
@@ -49,7 +49,8 @@ class ADMM(IterativeSolver):
         atol: violation to reach, as a fraction of ε.
         check_every: steps between two looks at the certificate.
         relaxation: over-relaxation α in (0, 2).
-        tf32: let the float32 products of a step use TF32 where the hardware has it; the certificate never does.
+        tf32: let the float32 products of a step use faster formats, TF32 on CUDA, what torch calls "medium" on the
+            CPU; the residuals are renewed and the certificate is taken in full precision.
 
     References:
         Aghasi, Abdi, Romberg 2020, Section 4; Boyd et al., "Distributed Optimization ... ADMM", 2011, Section 3.4.
@@ -70,7 +71,7 @@ class ADMM(IterativeSolver):
             return iterate(problem.compressed(), self)
         return self._at_sparsity(problem.compressed())
 
-    def init(self, problem: LayerProblem, warm: _State | None = None) -> _State:
+    def init(self, problem: LayerProblem, warm: ADMMState | None = None) -> ADMMState:
         """Start from the trained weights, whose duals are zero, or go on from a neighbouring radius."""
         if warm is not None:
             return warm
@@ -81,14 +82,15 @@ class ADMM(IterativeSolver):
         tau = 0.3 * torch.where(size > 0, size, 1)
         D = torch.empty_like(problem.Y)
         G, R, E = torch.empty_like(D), torch.empty_like(D), torch.empty_like(D)
-        self._residual(problem, S, R)
+        for rows, part in problem.blocks():
+            R[:, rows] = torch.baddbmm(part.centre, part.X, S, beta=-1)
         reflect_relu_ball(R, problem.radius, problem.Omega, problem.balls, out=G, work=E)
         torch.sub(R, G, out=D).mul_(0.5)
         torch.neg(D, out=G)
         F = torch.empty_like(D) if self.tf32 else D[:, :0, :0]
-        return _State(S.clone(), S, S.clone(), torch.empty_like(S), R, D, G, E, F, tau, kappa, inverse)
+        return ADMMState(S.clone(), S, S.clone(), torch.empty_like(S), R, D, G, E, F, tau, kappa, inverse)
 
-    def step(self, problem: LayerProblem, state: _State) -> _State:
+    def step(self, problem: LayerProblem, state: ADMMState) -> ADMMState:
         """One round of W, Z, S and both duals."""
         W, S, T, g, R, D, G, E, F, tau, kappa, inverse = state
         alpha = self.relaxation
@@ -110,32 +112,49 @@ class ADMM(IterativeSolver):
         soft_threshold(T, tau * problem.weights, out=S)  # S-update
         return state
 
-    def certify(self, problem: LayerProblem, state: _State) -> Certificate:
+    def certify(self, problem: LayerProblem, state: ADMMState) -> Certificate:
         """The sparse copy S, and the bound of ν = ρU₁."""
         kappa = state.kappa.amax(-2, keepdim=True)
         nu = torch.add(state.D, state.G, out=state.E).mul_(-0.5 / (kappa * state.tau))
-        return Certificate(state.S, problem.objective(state.S), problem.bound(nu), problem.violation(state.S))
+        violation, worth = problem.infeasibility(state.S, nu)
+        return Certificate(state.S, problem.objective(state.S), problem.bound(nu), violation, worth)
 
-    def adapt(self, problem: LayerProblem, state: _State, lag: Tensor) -> _State:
-        """Multiply ρ = 1/(κτ) by √lag, two at most; the scaled duals shrink by as much, Z and S stay."""
-        S, T, R, D, G, E = state.S, state.T, state.R, state.D, state.G, state.E
-        factor = lag.sqrt().nan_to_num(1.0).clamp(0.5, 2.0)[..., None, None]
-        factor = torch.where((factor > 1.2) | (factor < 0.8), factor, 1)
+    def adapt(self, problem: LayerProblem, state: ADMMState, lag: Tensor | None) -> ADMMState:
+        """Take the state's residuals afresh, and move ρ = 1/(κτ) until what is missing balances what still moves.
+
+        The balance leans, by a factor of ten at most, towards the side of the certificate that lags.
+        """
+        if lag is not None:
+            lean = lag.sqrt().nan_to_num(1.0).clamp(0.1, 10.0)[..., None, None]
+            factor = (lean * self._balance(problem, state)).sqrt().nan_to_num(1.0).clamp(0.5, 2.0)
+            state = self.penalise(state, torch.where((factor > 1.2) | (factor < 0.8), factor, 1))
+        for rows, part in problem.blocks():
+            state.R[:, rows] = torch.baddbmm(part.centre, part.X, state.W, beta=-1)
+        _adjoint(problem, torch.add(state.G, state.R, out=state.E).neg_(), state.g)
+        if self.tf32:
+            torch.neg(state.E, out=state.F)
+        return state
+
+    def _balance(self, problem: LayerProblem, state: ADMMState) -> Tensor:
+        """``(B, 1, 1)``: the primal residual over the copies' size, over the coming move over the duals' size."""
+        W, S, T, g, R, D, G, E, _, _, kappa, inverse = state
+        root, U = kappa.sqrt(), S - T
+        torch.sub(D, G, out=E).mul_(-0.5).add_(R)  # XW − Z
+        primal = torch.hypot(norm(E), norm(root * (W - S))) / torch.hypot(norm(problem.Y), norm(root * S))
+        slope = g + kappa * (S + U - W)
+        move = over((-2, -1), torch.sum, slope * torch.bmm(inverse, slope)).clamp(min=0).sqrt()
+        torch.add(D, G, out=E).mul_(-0.5)  # U₁
+        return primal / (move / torch.hypot(norm(E), norm(root * U)))
+
+    def penalise(self, state: ADMMState, factor: Tensor) -> ADMMState:
+        """ρ multiplied by the factor, ``(B, 1, 1)``; the scaled duals shrink by as much, Z and S stay."""
+        S, T, D, G, E = state.S, state.T, state.D, state.G, state.E
         same, other = (1 / factor + 1) / 2, (1 / factor - 1) / 2
         torch.mul(D, other, out=E)
         D.mul_(same).addcmul_(G, other)
         G.mul_(same).add_(E)
         T.sub_(S).div_(factor).add_(S)
-        self._residual(problem, state.W, R)
-        _adjoint(problem, torch.add(G, R, out=E).neg_(), state.g)
-        if self.tf32:
-            torch.neg(E, out=state.F)
         return state._replace(tau=state.tau / factor)
-
-    def _residual(self, problem: LayerProblem, W: Tensor, out: Tensor) -> None:
-        """XW − C, afresh."""
-        for rows, part in problem.blocks():
-            out[:, rows] = torch.baddbmm(part.centre, part.X, W, beta=-1)
 
     def _at_sparsity(self, problem: LayerProblem) -> Solution:
         """Search log ε for the number of non-zeros, solve there, and cut or fill the support to the exact count."""
@@ -172,7 +191,7 @@ class ADMM(IterativeSolver):
 
 
 def _adjoint(problem: LayerProblem, E: Tensor, g: Tensor, beta: int = 0) -> None:
-    """g ← βg + XᵀE."""
+    """G ← βg + XᵀE."""
     for rows, X in problem.inputs():
         g.baddbmm_(X.mT, E[:, rows], beta=beta)
         beta = 1
@@ -180,10 +199,10 @@ def _adjoint(problem: LayerProblem, E: Tensor, g: Tensor, beta: int = 0) -> None
 
 @contextmanager
 def _tf32(allowed: bool) -> Iterator[None]:
-    """Float32 products in TF32 within."""
+    """Float32 products in TF32, or in what the CPU has of that kind, within."""
     before = torch.get_float32_matmul_precision()
     if allowed:
-        torch.set_float32_matmul_precision("high")
+        torch.set_float32_matmul_precision("medium")
     try:
         yield
     finally:

@@ -65,6 +65,7 @@ class Certificate(NamedTuple):
     objective: Tensor
     bound: Tensor
     violation: Tensor
+    worth: Tensor  # of the violation, in the units of the objective
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class IterativeSolver(Solver):
         check_every: steps between two looks at the certificate.
     """
 
-    max_steps: int = 2000
+    max_steps: int = 4000
     rtol: float = 1e-3
     atol: float = 1e-3
     check_every: int = 25
@@ -102,10 +103,11 @@ class IterativeSolver(Solver):
         """The answer that the state holds and its certificate."""
 
     @abstractmethod
-    def adapt(self, problem: LayerProblem, state: Any, lag: Tensor) -> Any:
-        """The state, free of accumulated rounding, with its penalties moved.
+    def adapt(self, problem: LayerProblem, state: Any, lag: Tensor | None) -> Any:
+        """The state, free of accumulated rounding, with its penalties moved unless there is no lag to go by.
 
-        ``lag``, ``(batch)``, is how far the violation is from its tolerance over how far the gap is from its own.
+        ``lag``, ``(batch)``, is how far the primal side (the violation, its worth) is from its tolerance over how far
+        the bound is from its own.
         """
 
     def solve(self, problem: LayerProblem) -> Solution:
@@ -113,22 +115,27 @@ class IterativeSolver(Solver):
         return iterate(problem, self)
 
 
-def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None) -> Solution:
+def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None, *, adaptive: bool = True) -> Solution:
     """The one loop: step, look at the certificate every ``check_every`` steps, let go of what is finished.
 
-    Any lower bound ever shown holds, so the best one counts. A program is called INFEASIBLE once its lower bound
+    The penalties move in the first half of ``max_steps`` only (never unless ``adaptive``): convergence is proved for
+    fixed ones.
+
+    A problem is CONVERGED when its violation, its gap and what its violation can have bought are within tolerance: the
+    optimum is then within ``rtol`` below, and to first order above. Any lower bound ever shown holds, so the best one
+    counts. A program is called INFEASIBLE once its lower bound
     exceeds a thousand times the norms of the trained weights and of the current answer while the constraints are
     still violated: no feasible program comes near that.
     """
     shape = problem.batch
     whole = problem = problem.flat()
     state = solver.init(problem, warm)
-    W, objective, bound, violation = (t.clone() for t in solver.certify(problem, state))
+    W, objective, bound, violation = (t.clone() for t in solver.certify(problem, state)[:4])
     status = torch.full_like(objective, Status.MAX_STEPS, dtype=torch.int64)
     steps = torch.full_like(status, solver.max_steps)
     trained, left = problem.objective(problem.W), torch.arange(len(status), device=status.device)
     finished: list[tuple[Tensor, Any]] = []
-    state = solver.adapt(problem, state, torch.ones_like(objective))
+    state = solver.adapt(problem, state, None)
     for step in range(1, solver.max_steps + 1):
         state = solver.step(problem, state)
         if step % solver.check_every and step != solver.max_steps:
@@ -137,28 +144,33 @@ def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None) ->
         lost = ~torch.isfinite(now.objective + now.violation)
         best = torch.where(now.bound > bound[left], now.bound, bound[left])
         gap = problem.duality_gap(now.objective, best)
-        solved = (now.violation <= solver.atol) & (gap >= 0) & (gap <= solver.rtol) & ~lost
+        bought = problem.duality_gap(now.objective + now.worth, now.objective)
+        primal = torch.maximum(now.violation / solver.atol, bought / solver.rtol)
+        solved = (primal <= 1) & (gap >= 0) & (gap <= solver.rtol) & ~lost
         beyond = best > 1e3 * torch.maximum(trained[left], now.objective)
         infeasible = beyond & (now.violation > solver.atol) & ~lost
         kept = left[~lost]
-        W[kept], objective[kept], violation[kept] = now.W[~lost], now.objective[~lost], now.violation[~lost]
-        bound[kept] = best[~lost]
-        for flag, value in ((solved, Status.CONVERGED), (infeasible, Status.INFEASIBLE), (lost, Status.NONFINITE)):
-            status[left[flag]] = int(value)
+        for held, value in zip((W, objective, bound, violation), now._replace(bound=best)[:4], strict=True):
+            held[kept] = value[~lost]
+        for flag, name in ((solved, Status.CONVERGED), (infeasible, Status.INFEASIBLE), (lost, Status.NONFINITE)):
+            status[left[flag]] = int(name)
         done = solved | infeasible | lost
         steps[left[done]] = step
         if bool(done.all()) or step == solver.max_steps:
             break
-        lag = (now.violation / solver.atol) / (gap.clamp(min=0) / solver.rtol)
+        lag = primal / (gap.clamp(min=0) / solver.rtol)
         if bool(done.any()):
             finished.append((left[done], _members(state, done)))
             left, lag, state, problem = left[~done], lag[~done], _members(state, ~done), problem.take(~done)
-        # fixed penalties in the second half, for which convergence is proved
-        state = solver.adapt(problem, state, lag if step <= solver.max_steps // 2 else torch.ones_like(lag))
+        moving = adaptive and step <= solver.max_steps // 2
+        state = solver.adapt(problem, state, lag if moving else None)
     state = _together([*finished, (left, state)])
     gap, epsilon = whole.duality_gap(objective, bound), norm(whole.radius)[..., 0, 0]
-    answer = (W, status, steps, objective, bound, gap, violation, epsilon)
-    return Solution(*(t.reshape(shape + t.shape[1:]) for t in answer), state)
+    W = W.reshape(shape + W.shape[1:])
+    status, steps, objective, bound, gap, violation, epsilon = (
+        t.reshape(shape) for t in (status, steps, objective, bound, gap, violation, epsilon)
+    )
+    return Solution(W, status, steps, objective, bound, gap, violation, epsilon, state)
 
 
 def _members(state: Any, which: Tensor) -> Any:

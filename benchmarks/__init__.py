@@ -1,0 +1,1 @@
+"""Measurements of lightning_nettrim beside its peers: ``python -m benchmarks.run``."""

@@ -1,0 +1,62 @@
+"""The entry point: ``python -m benchmarks.run convex`` prints a table and writes it as CSV and as a picture."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks import convex
+from benchmarks.peers import Unavailable
+from benchmarks.picture import draw
+from benchmarks.report import Row, header, line, titles, write
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the sections that are asked for, in order; the CSV is complete up to the last row printed.
+
+    Args:
+        arguments: of the command line; this process's if not given.
+    """
+    settings = vars(_parser().parse_args(arguments))
+    sections, _ = settings.pop("sections"), settings.pop("benchmark")
+    _convex(sections, convex.Settings(**{**settings, "layers": tuple(settings["layers"])}))
+
+
+def _convex(sections: Sequence[str], settings: convex.Settings) -> None:
+    print(header(torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA"))
+    print(titles())
+    rows: list[Row] = []
+    for section in sections:
+        for row in convex.SECTIONS[section](settings):
+            rows.append(row)
+            write(rows, settings.out / "convex.csv")
+            if row.section != "trace":
+                print(line(row), flush=True)
+    try:
+        draw(rows, settings.out / "convex.png")
+    except Unavailable as reason:
+        print(reason)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    commands = parser.add_subparsers(dest="benchmark", required=True)
+    command = commands.add_parser("convex", help="the convex program, by this package and by its peers")
+    default = convex.Settings()
+    command.add_argument("--data", help="folder of MNIST; $NETTRIM_DATA or ./data if not given")
+    command.add_argument("--out", type=Path, default=default.out, help="folder of the results (default %(default)s)")
+    command.add_argument("--authors", type=Path, help="folder of a clone of github.com/DNNToolBox/Net-Trim")
+    command.add_argument("--samples", type=int, default=default.samples, help="default %(default)s")
+    command.add_argument("--gain", type=float, default=default.gain, help="ε over the response's norm, %(default)s")
+    command.add_argument("--layers", type=int, nargs="+", default=[*default.layers], choices=(1, 2, 3))
+    command.add_argument("--sections", nargs="+", default=[*convex.SECTIONS], choices=[*convex.SECTIONS])
+    command.add_argument("--minutes", type=float, default=default.minutes, help="for a peer's run (%(default)s)")
+    command.add_argument("--small", action="store_true", help="sizes of step and growth an eighth")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
