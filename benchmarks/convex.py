@@ -17,7 +17,7 @@ from benchmarks.steps import step_cost
 from lightning_nettrim import ADMM, LayerProblem, Solution, Status, path
 
 RHOS = (10, 30, 100, 300)
-COUNTS = (400, 800, 1600, 3200)
+COUNTS = (100, 200, 400, 800, 1600, 3200)
 
 
 @dataclass(frozen=True)

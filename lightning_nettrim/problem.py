@@ -42,7 +42,7 @@ class LayerProblem:
         X: ``(*batch, P, N)`` layer inputs, one sample per row; a bias is a column of ones. It may stay on the CPU
             (best pinned) while the rest is on an accelerator: it is then streamed there in blocks of rows.
         Y: ``(*batch, P, M)`` responses of the trained layer.
-        W: ``(*batch, N, M)`` trained weights, the warm start.
+        W: ``(*batch, N, M)`` trained weights.
         epsilon: radius in the units of ``Y``: ``(*batch)`` for one ball, ``(*batch, M)`` for one per neuron.
             Beside ``sparsity`` it is the smallest radius for which the program is known to be feasible.
         Omega: ``(*batch, P, M)`` bool, where the trained layer fires; ``None`` for a linear response.

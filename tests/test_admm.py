@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from problems import VARIANTS, layer, optimum
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lightning_nettrim import ADMM, LayerProblem, Status, solve
 
@@ -51,24 +55,42 @@ def test_report_of_the_solution_is_that_of_its_weights():
     assert (solution.W == 0).sum() > 0.3 * solution.W.numel()
 
 
-def test_a_batch_is_its_members_one_by_one():
-    members = [layer(bias=True, seed=seed, gain=gain) for seed, gain in ((0, 0.02), (1, 0.1), (2, 0.7))]
-    batch = LayerProblem(
-        *(torch.stack([getattr(m, name) for m in members]) for name in ("X", "Y", "W", "epsilon", "Omega")),
-        penalty=members[0].penalty,
-    )
-    together = solve(batch, ADMM())
+@pytest.mark.parametrize("options", [{"bias": True}, {"per_neuron": True}, {"relu": False}, {"cascade": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_batch_is_its_members_one_by_one_to_the_bit(options, dtype):
+    gains = ((0, 0.02), (1, 0.1), (2, 0.7))
+    members = [layer(P=300, N=50, M=16, seed=seed, gain=gain, dtype=dtype, **options) for seed, gain in gains]
+    together = solve(stack(members), ADMM())
     alone = [solve(member, ADMM()) for member in members]
     assert together.steps.tolist() == [int(s.steps) for s in alone]
     assert together.steps.unique().numel() > 1
-    torch.testing.assert_close(together.W, torch.stack([s.W for s in alone]), rtol=1e-9, atol=1e-12)
-    assert bool(((together.W == 0) == torch.stack([s.W == 0 for s in alone])).all())
+    for name in ("W", "objective", "bound", "violation"):
+        assert torch.equal(getattr(together, name), torch.stack([getattr(s, name) for s in alone])), name
+
+
+def stack(members):
+    """Problems of one shape as a batch."""
+    names = [n for n in ("X", "Y", "W", "epsilon", "Omega", "V") if getattr(members[0], n) is not None]
+    tensors = {n: torch.stack([getattr(m, n) for m in members]) for n in names}
+    return LayerProblem(**tensors, penalty=members[0].penalty)
+
+
+def test_two_batch_dimensions_and_one_x_for_several_radii():
+    member = layer(bias=True)
+    gains = torch.tensor([[0.05, 0.1, 0.2], [0.3, 0.4, 0.5]], dtype=torch.float64)
+    names = ("X", "Y", "W", "Omega")
+    shared = {n: getattr(member, n).expand(2, 3, *getattr(member, n).shape) for n in names}
+    problem = LayerProblem(**shared, epsilon=gains * member.Y.norm(), penalty=member.penalty)
+    together = solve(problem, ADMM())
+    assert together.W.shape == (2, 3, *member.W.shape)
+    assert together.status.eq(Status.CONVERGED).all()
+    one = solve(replace(member, epsilon=gains[1, 0] * member.Y.norm()), ADMM())
+    torch.testing.assert_close(together.W[1, 0], one.W, rtol=1e-6, atol=1e-9)
 
 
 def test_a_batch_of_layers_with_balls_per_neuron():
     members = [layer(seed=seed, per_neuron=True, M=4) for seed in (0, 1)]
-    names = ("X", "Y", "W", "epsilon", "Omega")
-    batch = LayerProblem(*(torch.stack([getattr(m, name) for m in members]) for name in names))
+    batch = stack(members)
     together = solve(batch, ADMM())
     for objective, member in zip(together.objective, members, strict=True):
         assert float(objective) == pytest.approx(optimum(member), rel=1e-3)
@@ -129,3 +151,102 @@ def test_an_overflow_is_called_so_and_returns_the_trained_weights():
 def test_impossible_settings_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         ADMM(**arguments)
+
+
+@each_variant
+def test_blocks_of_rows_give_the_same_answer(options, monkeypatch):
+    problem = layer(**options)
+    whole = solve(problem, ADMM())
+
+    def inputs(self):
+        for start in range(0, self.X.shape[-2], 37):
+            rows = slice(start, min(start + 37, self.X.shape[-2]))
+            yield rows, self.X[..., rows, :]
+
+    monkeypatch.setattr(LayerProblem, "inputs", inputs)
+    monkeypatch.setattr("lightning_nettrim.problem.BLOCK", 1000)
+    blocked = solve(problem, ADMM())
+    assert blocked.status == Status.CONVERGED
+    assert float(blocked.objective) == pytest.approx(float(whole.objective), rel=1e-6, abs=1e-12)
+
+
+def test_coarse_products_are_certified_all_the_same(monkeypatch):
+    """Emulated by rounding X to eight bits within the steps, as accelerators round to eleven."""
+    problem, within = layer(bias=True, gain=0.05, dtype=torch.float32), []
+
+    @contextmanager
+    def tf32(allowed):
+        within.append(allowed)
+        yield
+        within.pop()
+
+    def inputs(self):
+        yield slice(None), self.X.bfloat16().float() if within else self.X
+
+    monkeypatch.setattr("lightning_nettrim.solvers.admm._tf32", tf32)
+    monkeypatch.setattr(LayerProblem, "inputs", inputs)
+    solution = solve(problem, ADMM(tf32=True))
+    assert solution.status == Status.CONVERGED
+    assert float(solution.objective) == pytest.approx(optimum(problem), rel=1e-3)
+
+
+def test_an_exception_in_a_step_gives_the_precision_back(monkeypatch):
+    def fails(self):
+        yield slice(None), self.X
+        raise RuntimeError("stop")
+
+    problem, before = layer(dtype=torch.float32), torch.get_float32_matmul_precision()
+    monkeypatch.setattr(LayerProblem, "inputs", fails)
+    with pytest.raises(RuntimeError, match="stop"):
+        solve(problem, ADMM(tf32=True))
+    assert torch.get_float32_matmul_precision() == before
+
+
+class Watch(TorchDispatchMode):
+    """The operators called, and the most bytes alive at once of those allocated within."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.alive, self.now, self.peak = set(), set(), 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.add(func.overloadpacket)
+        out = func(*args, **(kwargs or {}))
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in known:
+                self._count(tensor.untyped_storage())
+        return out
+
+    def _count(self, storage):
+        if storage._cdata in self.alive:
+            return
+        self.alive.add(storage._cdata)
+        size, key = storage.nbytes(), storage._cdata
+        self.now, self.peak = self.now + size, max(self.peak, self.now + size)
+
+        def freed():
+            self.now -= size
+            self.alive.discard(key)
+
+        weakref.finalize(storage, freed)
+
+
+def test_a_step_neither_waits_for_the_device_nor_allocates_anything_of_the_size_of_y():
+    problem = layer(P=3000, N=20, M=40, bias=True, dtype=torch.float32).flat()
+    solver = ADMM()
+    state = solver.init(problem)
+    state = solver.adapt(problem, state, None)
+    with torch.no_grad(), Watch() as watch:
+        solver.step(problem, state)
+    waits = {torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero}
+    assert not watch.called & waits
+    assert watch.peak < 0.2 * problem.Y.nbytes
+
+
+def test_a_solve_needs_at_most_five_buffers_beside_y(monkeypatch):
+    monkeypatch.setattr("lightning_nettrim.problem.BLOCK", 2**12)
+    problem = layer(P=6000, N=20, M=60, bias=True, dtype=torch.float32)
+    with Watch() as watch:
+        solve(problem, ADMM(max_steps=60))
+    assert watch.peak <= 5 * problem.Y.nbytes

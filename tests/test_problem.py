@@ -22,6 +22,30 @@ def test_any_dual_guess_gives_a_lower_bound(options):
         assert float(problem.bound(guess + problem.Y * size)) <= best * (1 + 1e-6) + 1e-9
 
 
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"per_neuron": True}, {"rank": 15}, {"cascade": True}])
+def test_the_compressed_program_is_the_same_program(options):
+    problem = layer(P=500, relu=False, **options)
+    small = problem.compressed()
+    assert small.X.shape[0] == problem.X.shape[1] + 1
+    for W in (torch.zeros_like(problem.W), problem.W + 0.1 * torch.randn_like(problem.W)):
+        torch.testing.assert_close(small.violation(W), problem.violation(W), rtol=1e-9, atol=1e-9)
+    assert optimum(small) == pytest.approx(optimum(problem), rel=1e-5)
+
+
+def test_programs_that_cannot_be_compressed_are_left_alone():
+    for problem in (layer(), layer(relu=False, P=25)):
+        assert problem.compressed() is problem
+
+
+def test_violation_is_priced_by_the_dual():
+    X, W = torch.eye(2), torch.tensor([[4.0], [0.7]])
+    Y, Omega = torch.tensor([[1.0], [0.0]]), torch.tensor([[True], [False]])
+    problem = LayerProblem(X, Y, W, epsilon=torch.tensor(2.0), Omega=Omega)
+    violation, worth = problem.infeasibility(W, torch.tensor([[-5.0], [-10.0]]))
+    assert float(violation) == pytest.approx(0.5)
+    assert float(worth) == pytest.approx(5 * 1 + 10 * 0.7)
+
+
 def test_trained_weights_are_feasible_and_exact():
     problem = layer(bias=True)
     assert float(problem.violation(problem.W)) <= 1e-12

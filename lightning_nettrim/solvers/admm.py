@@ -36,12 +36,12 @@ class ADMMState(NamedTuple):
 class ADMM(IterativeSolver):
     """The convex Net-Trim program by over-relaxed ADMM, certified by its duality gap.
 
-    Two products with X per step, in buffers that are allocated once: five of the size of Y, four of the size of W. The
-    steps move W by increments and the residuals are renewed at each look at the certificate, so that rounding does
-    not pile up. The factor does not depend on ρ, so a new ρ is free; ρ is moved until the violation and the duality
-    gap, each over its tolerance, fall together. Free rows (the bias) are eliminated, not split, which centres the
-    inputs. A linear response is compressed to N + 1 rows first. At a ``sparsity`` the radius is searched, the support
-    then cut or filled to the exact count.
+    Two products with X per step, in buffers that are allocated once: four of the size of Y beside Y itself (five with
+    ``tf32``), and six of the size of W, two of them within a step only. The steps move W by increments and the
+    residuals are renewed at each look at the certificate, so that rounding does not pile up. The factor does not
+    depend on ρ, so a new ρ is free; ρ is moved until the violation and the duality gap, each over its tolerance, fall
+    together. Free rows (the bias) are eliminated, not split, which centres the inputs. A linear response is compressed
+    to N + 1 rows first. At a ``sparsity`` the radius is searched, the support then cut or filled to the exact count.
 
     Args:
         max_steps: steps at most.
@@ -72,18 +72,20 @@ class ADMM(IterativeSolver):
         return self._at_sparsity(problem.compressed())
 
     def init(self, problem: LayerProblem, warm: ADMMState | None = None) -> ADMMState:
-        """Start from the trained weights, whose duals are zero, or go on from a neighbouring radius."""
+        """Start from zero, below the optimum as the dual is, or go on from a neighbouring radius.
+
+        From the trained weights, far above the optimum, the objective is still too large when all else is done.
+        """
         if warm is not None:
             return warm
         penalised = problem.weights > 0
         kappa, inverse = _factor(problem, penalised.squeeze(-1))
-        S = problem.W.clone()
-        size = problem.objective(S)[..., None, None] / (penalised.sum() * S.shape[-1])
-        tau = 0.3 * torch.where(size > 0, size, 1)
+        S = torch.zeros_like(problem.W)
+        size = problem.objective(problem.W)[..., None, None] / (penalised.sum() * S.shape[-1])
+        tau = 0.15 * torch.where(size > 0, size, 1)
         D = torch.empty_like(problem.Y)
         G, R, E = torch.empty_like(D), torch.empty_like(D), torch.empty_like(D)
-        for rows, part in problem.blocks():
-            R[:, rows] = torch.baddbmm(part.centre, part.X, S, beta=-1)
+        _residual(problem, S, R)
         reflect_relu_ball(R, problem.radius, problem.Omega, problem.balls, out=G, work=E)
         torch.sub(R, G, out=D).mul_(0.5)
         torch.neg(D, out=G)
@@ -122,14 +124,14 @@ class ADMM(IterativeSolver):
     def adapt(self, problem: LayerProblem, state: ADMMState, lag: Tensor | None) -> ADMMState:
         """Take the state's residuals afresh, and move ρ = 1/(κτ) until what is missing balances what still moves.
 
-        The balance leans, by a factor of ten at most, towards the side of the certificate that lags.
+        The balance leans, by a factor of ten at most, towards the side of the certificate that lags, and always by four
+        towards the primal one: the dual one keeps the best that it has been.
         """
         if lag is not None:
             lean = lag.sqrt().nan_to_num(1.0).clamp(0.1, 10.0)[..., None, None]
-            factor = (lean * self._balance(problem, state)).sqrt().nan_to_num(1.0).clamp(0.5, 2.0)
-            state = self.penalise(state, torch.where((factor > 1.2) | (factor < 0.8), factor, 1))
-        for rows, part in problem.blocks():
-            state.R[:, rows] = torch.baddbmm(part.centre, part.X, state.W, beta=-1)
+            factor = (4 * lean * self._balance(problem, state)).sqrt().nan_to_num(1.0).clamp(0.5, 2.0)
+            state = self.penalise(state, torch.where((factor > 1.6) | (factor < 1 / 1.6), factor, 1))
+        _residual(problem, state.W, state.R)
         _adjoint(problem, torch.add(state.G, state.R, out=state.E).neg_(), state.g)
         if self.tf32:
             torch.neg(state.E, out=state.F)
@@ -159,20 +161,20 @@ class ADMM(IterativeSolver):
     def _at_sparsity(self, problem: LayerProblem) -> Solution:
         """Search log ε for the number of non-zeros, solve there, and cut or fill the support to the exact count."""
         k, size = problem.nonzeros, int((problem.weights > 0).sum()) * problem.Y.shape[-1]
-        norm = torch.linalg.matrix_norm(problem.Y)
-        norm = torch.where(norm > 0, norm, 1)
-        floor = 1e-3 * norm
+        response = torch.linalg.matrix_norm(problem.Y)
+        response = torch.where(response > 0, response, 1)
+        floor = 1e-3 * response
         if problem.epsilon is not None:
             floor = torch.maximum(floor, torch.linalg.matrix_norm(problem.radius))
         loose = replace(self, rtol=10 * self.rtol, atol=10 * self.atol)
-        epsilon = torch.maximum((0.01 + 0.4 * (1 - k / size) ** 6) * norm, floor)
+        epsilon = torch.maximum((0.01 + 0.4 * (1 - k / size) ** 6) * response, floor)
         low, high = floor.clone(), torch.full_like(floor, torch.inf)  # radii that keep too much, too little
-        count_low, count_high = torch.full_like(norm, float(size)), torch.zeros_like(norm)
+        count_low, count_high = torch.full_like(response, float(size)), torch.zeros_like(response)
         best, state = epsilon.clone(), None
         for _ in range(10):
             solution = iterate(replace(problem, epsilon=epsilon, sparsity=None), loose, state)
             state = solution.state
-            count = ((solution.W != 0) & (problem.weights > 0)).sum((-2, -1)).to(norm)
+            count = ((solution.W != 0) & (problem.weights > 0)).sum((-2, -1)).to(response)
             best = epsilon
             enough = count >= k
             done = (enough & (count <= 1.02 * k + 1)) | (~enough & (epsilon <= floor))
@@ -188,6 +190,12 @@ class ADMM(IterativeSolver):
             epsilon = torch.where(done, epsilon, proposal)
         solution = iterate(replace(problem, epsilon=best, sparsity=None), self, state)
         return replace(solution, W=_exactly(k, solution.W, problem))
+
+
+def _residual(problem: LayerProblem, W: Tensor, R: Tensor) -> None:
+    """R ← XW − C, in full precision."""
+    for rows, part in problem.blocks():
+        R[:, rows] = torch.baddbmm(part.centre, part.X, W, beta=-1)
 
 
 def _adjoint(problem: LayerProblem, E: Tensor, g: Tensor, beta: int = 0) -> None:

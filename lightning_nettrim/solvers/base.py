@@ -92,7 +92,7 @@ class IterativeSolver(Solver):
 
     @abstractmethod
     def init(self, problem: LayerProblem, warm: Any = None) -> Any:
-        """The first state of a flat batch, from the trained weights or from a neighbouring problem's last state."""
+        """The first state of a flat batch, on its own or from a neighbouring problem's last state."""
 
     @abstractmethod
     def step(self, problem: LayerProblem, state: Any) -> Any:
@@ -111,7 +111,7 @@ class IterativeSolver(Solver):
         """
 
     def solve(self, problem: LayerProblem) -> Solution:
-        """Iterate from the trained weights."""
+        """Iterate until the certificate is good enough."""
         return iterate(problem, self)
 
 
@@ -121,19 +121,21 @@ def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None, *,
     The penalties move in the first half of ``max_steps`` only (never unless ``adaptive``): convergence is proved for
     fixed ones.
 
-    A problem is CONVERGED when its violation, its gap and what its violation can have bought are within tolerance: the
-    optimum is then within ``rtol`` below, and to first order above. Any lower bound ever shown holds, so the best one
-    counts. A program is called INFEASIBLE once its lower bound
-    exceeds a thousand times the norms of the trained weights and of the current answer while the constraints are
-    still violated: no feasible program comes near that.
+    A problem is CONVERGED when its violation and its gap are within tolerance, and what its violation can have bought,
+    at the prices of the moment, within half of it: the optimum is then at most ``rtol`` below its objective and, to
+    first order, above it. Any lower bound ever shown holds, so the best one counts. Until the first look at a
+    certificate the answer is the trained weights. A program is called INFEASIBLE once its lower bound exceeds a
+    thousand times the norms of the trained weights and of the current answer while the constraints are still
+    violated: no feasible program comes near that.
     """
     shape = problem.batch
     whole = problem = problem.flat()
     state = solver.init(problem, warm)
-    W, objective, bound, violation = (t.clone() for t in solver.certify(problem, state)[:4])
+    W, objective, violation = problem.W.clone(), problem.objective(problem.W), problem.violation(problem.W)
+    bound, trained = solver.certify(problem, state).bound, objective.clone()
     status = torch.full_like(objective, Status.MAX_STEPS, dtype=torch.int64)
     steps = torch.full_like(status, solver.max_steps)
-    trained, left = problem.objective(problem.W), torch.arange(len(status), device=status.device)
+    left = torch.arange(len(status), device=status.device)
     finished: list[tuple[Tensor, Any]] = []
     state = solver.adapt(problem, state, None)
     for step in range(1, solver.max_steps + 1):
@@ -145,7 +147,7 @@ def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None, *,
         best = torch.where(now.bound > bound[left], now.bound, bound[left])
         gap = problem.duality_gap(now.objective, best)
         bought = problem.duality_gap(now.objective + now.worth, now.objective)
-        primal = torch.maximum(now.violation / solver.atol, bought / solver.rtol)
+        primal = torch.maximum(now.violation / solver.atol, 2 * bought / solver.rtol)
         solved = (primal <= 1) & (gap >= 0) & (gap <= solver.rtol) & ~lost
         beyond = best > 1e3 * torch.maximum(trained[left], now.objective)
         infeasible = beyond & (now.violation > solver.atol) & ~lost

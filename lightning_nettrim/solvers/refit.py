@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ def refit(problem: LayerProblem, W: Tensor, *, steps: int = 6, inner: int = 20, 
     Returns:
         ``(*batch, N, M)`` weights on the same support, never farther than ``W``.
     """
+    problem = replace(problem, X=problem.X.to(problem.Y.device))
     X = problem.X
     support = ((W != 0) | (problem.weights == 0)).to(W)
     energy = X.square().sum(-2).unsqueeze(-1)  # (*batch, N, 1), the diagonal of XᵀX
