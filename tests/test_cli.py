@@ -100,7 +100,7 @@ def test_printed_configuration_reads_back_the_same(tmp_path, capsys):
     (callback,) = yaml.safe_load(text)["trainer"]["callbacks"]
     assert callback["init_args"]["epsilon"] == 0.2
     assert callback["init_args"]["solver"]["init_args"]["max_steps"] == 50
-    assert callback["init_args"]["solver"]["init_args"]["relaxation"] == 1.7
+    assert callback["init_args"]["solver"]["init_args"]["relaxation"] == 1.8
     again = tmp_path / "printed.yaml"
     again.write_text(text)
     assert yaml.safe_load(printed(capsys, again)) == yaml.safe_load(text)
