@@ -72,7 +72,7 @@ class ADMM(IterativeSolver):
         return self._at_sparsity(problem.compressed())
 
     def init(self, problem: LayerProblem, warm: ADMMState | None = None) -> ADMMState:
-        """Start from zero, below the optimum as the dual is, or go on from a neighbouring radius.
+        """Start from the free rows alone, below the optimum as the dual is, or go on from a neighbouring radius.
 
         From the trained weights, far above the optimum, the objective is still too large when all else is done.
         """
@@ -80,7 +80,7 @@ class ADMM(IterativeSolver):
             return warm
         penalised = problem.weights > 0
         kappa, inverse = _factor(problem, penalised.squeeze(-1))
-        S = torch.zeros_like(problem.W)
+        S = torch.where(penalised, 0, problem.W)
         size = problem.objective(problem.W)[..., None, None] / (penalised.sum() * S.shape[-1])
         tau = 0.15 * torch.where(size > 0, size, 1)
         D = torch.empty_like(problem.Y)
