@@ -32,6 +32,7 @@ class Settings:
         gain: radius relative to the response.
         layers: raced on, 1 to 3; the first is the one of ``cone`` and ``path``.
         minutes: allowed to a run of a cone solver, and to the authors' solver at one ρ.
+        least: samples times neurons from which ``cone`` starts.
         small: shrink every size of ``step`` and ``growth`` by eight.
     """
 
@@ -42,6 +43,7 @@ class Settings:
     gain: float = 0.1
     layers: tuple[int, ...] = (2,)
     minutes: float = 10.0
+    least: int = 1
     small: bool = False
 
     def problem(self, layer: int, gain: float, samples: int | None = None, neurons: int | None = None) -> LayerProblem:
@@ -117,6 +119,8 @@ def cone(settings: Settings) -> Iterator[Row]:
     """General cone solvers on ever more samples and neurons, each until it fails; the ratio is to ours."""
     layer, gain, racing = settings.layers[0], settings.gain, [cvxpy_clarabel, cvxpy_scs]
     for samples, neurons in _ladder(*settings.problem(layer, gain).Y.shape):
+        if samples * neurons < settings.least:
+            continue
         problem = settings.problem(layer, gain, samples, neurons)
         instance = _name(problem, layer, gain)
         known = reference(problem)

@@ -15,15 +15,15 @@ from recipes.models import MLP
 EPOCHS = 3
 
 
-def network(data: MNIST, cache: Path) -> MLP:
-    """784-300-100-10 after three epochs, read from ``cache/lenet.pt`` where it was trained before."""
-    pl.seed_everything(0, verbose=False)
-    model, path = MLP([784, 300, 100, 10]), cache / "lenet.pt"
+def network(data: MNIST, cache: Path, seed: int = 0, epochs: int = EPOCHS) -> MLP:
+    """784-300-100-10 after some epochs, read from the cache where it was trained before."""
+    pl.seed_everything(seed, verbose=False)
+    model, path = MLP([784, 300, 100, 10]), cache / f"lenet-{seed}-{epochs}.pt"
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    pl.Trainer(max_epochs=EPOCHS, accelerator="cpu", devices=1, limit_val_batches=0, **quiet).fit(model, data)
+    pl.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, limit_val_batches=0, **quiet).fit(model, data)
     cache.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), path)
     return model

@@ -7,10 +7,11 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass, fields
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -67,12 +68,12 @@ def line(row: Row) -> str:
     return _aligned([_cell(value) for value in astuple(row)[:-1]], row.note)
 
 
-def write(rows: Iterable[Row], path: Path) -> None:
-    """All rows as CSV, numbers in full."""
+def write(rows: Sequence[Any], path: Path) -> None:
+    """All rows, of one dataclass, as CSV, numbers in full."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(f.name for f in fields(Row))
+        writer.writerow(f.name for f in fields(rows[0]))
         writer.writerows(astuple(row) for row in rows)
 
 

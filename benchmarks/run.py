@@ -8,9 +8,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import convex
+from benchmarks import convex, oneshot
 from benchmarks.peers import Unavailable
-from benchmarks.picture import draw
+from benchmarks.picture import draw, draw_accuracy
 from benchmarks.report import Row, header, line, titles, write
 
 
@@ -21,7 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; this process's if not given.
     """
     settings = vars(_parser().parse_args(arguments))
-    sections, _ = settings.pop("sections"), settings.pop("benchmark")
+    if settings.pop("benchmark") == "oneshot":
+        _oneshot(oneshot.Settings(**{**settings, "budgets": tuple(settings["budgets"])}))
+        return
+    sections = settings.pop("sections")
     _convex(sections, convex.Settings(**{**settings, "layers": tuple(settings["layers"])}))
 
 
@@ -41,6 +44,22 @@ def _convex(sections: Sequence[str], settings: convex.Settings) -> None:
         print(reason)
 
 
+def _oneshot(settings: oneshot.Settings) -> None:
+    print(header("CPU"))
+    rows: list[oneshot.Row] = []
+    for row in oneshot.rows(settings):
+        rows.append(row)
+        write(rows, settings.out / "oneshot.csv")
+        print(
+            f"seed {row.seed}  {row.budget:5} {row.method:22} {row.accuracy:6.2f} %  {row.seconds:6.2f} s", flush=True
+        )
+    print("\n" + oneshot.table(rows))
+    try:
+        draw_accuracy(rows, settings.out / "oneshot.png")
+    except Unavailable as reason:
+        print(reason)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True)
@@ -54,7 +73,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--layers", type=int, nargs="+", default=[*default.layers], choices=(1, 2, 3))
     command.add_argument("--sections", nargs="+", default=[*convex.SECTIONS], choices=[*convex.SECTIONS])
     command.add_argument("--minutes", type=float, default=default.minutes, help="for a peer's run (%(default)s)")
+    command.add_argument("--least", type=int, default=default.least, help="samples × neurons cone starts from")
     command.add_argument("--small", action="store_true", help="sizes of step and growth an eighth")
+    command = commands.add_parser("oneshot", help="pruning without retraining, by every method")
+    basic = oneshot.Settings()
+    command.add_argument("--data", help="folder of MNIST; $NETTRIM_DATA or ./data if not given")
+    command.add_argument("--out", type=Path, default=basic.out, help="folder of the results (default %(default)s)")
+    command.add_argument("--alps", type=Path, help="folder of a clone of github.com/mazumder-lab/ALPS")
+    command.add_argument("--sparsegpt", type=Path, help="folder of a clone of github.com/IST-DASLab/sparsegpt")
+    command.add_argument("--wanda", type=Path, help="folder of a clone of github.com/locuslab/wanda")
+    command.add_argument("--seeds", type=int, default=basic.seeds, help="networks (default %(default)s)")
+    command.add_argument("--epochs", type=int, default=basic.epochs, help="of training (default %(default)s)")
+    command.add_argument("--samples", type=int, default=basic.samples, help="images (default %(default)s)")
+    command.add_argument("--budgets", nargs="+", default=[*basic.budgets], help="sparsities and n:m patterns")
     return parser
 
 

@@ -37,13 +37,12 @@ def copies(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
 
 
 @contextmanager
-def restored_on_error(model: nn.Module, names: list[str]) -> Iterator[None]:
-    """A `with` that puts the named parameters back if its body does not end normally, by whatever exception."""
-    dense = copies(model, names)
+def restored_on_error(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """A `with` that puts these values into the parameters if its body does not end normally, by whatever exception."""
     try:
         yield
     except BaseException:
-        swap(model, dense)
+        swap(model, values)
         raise
 
 

@@ -3,29 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
 
+import yaml
 from torch import nn
 
 from lightning_nettrim.capture import Flow, evaluating, watch
 from lightning_nettrim.layers import per_layer_options, prunable
+from lightning_nettrim.pattern import Pattern
 from lightning_nettrim.report import SkippedLayer
 from lightning_nettrim.sample import Inputs
+from lightning_nettrim.solvers import Solver
 
 MIN_SAMPLES = 32
 """Fewer samples than this determine no layer worth the name."""
 
 
+Options = Mapping[str, Mapping[str, float | bool | str]]
+
+
 @dataclass(frozen=True)
 class Budget:
-    """How far one layer is to be pruned: exactly one of both is set."""
+    """How far one layer is to be pruned, and in which pattern: exactly one of ``epsilon`` and ``sparsity`` is set.
+
+    A pattern ``n:m`` is its own sparsity. The bounds hold where an allocation chooses the sparsity.
+    """
 
     epsilon: float | None = None
     sparsity: float | None = None
     refit: bool = True
+    pattern: str = "unstructured"
+    min_sparsity: float = 0.0
+    max_sparsity: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless exactly one of ``epsilon`` > 0 and ``sparsity`` in [0, 1) is given."""
+        """Raise ValueError for numbers out of their ranges and for a pattern that contradicts them."""
+        fixed = Pattern(self.pattern).sparsity
+        if fixed is not None and self.epsilon is None and self.sparsity is None:
+            object.__setattr__(self, "sparsity", fixed)
         if (self.epsilon is None) == (self.sparsity is None):
             both = f"epsilon={self.epsilon} and sparsity={self.sparsity}"
             raise ValueError(f"expected exactly one of epsilon and sparsity, got {both}: set one of them")
@@ -33,32 +50,49 @@ class Budget:
             raise ValueError(f"epsilon: expected > 0 (0.05 is 5 % of a layer's response), got {self.epsilon}")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity: expected a fraction of zeros in [0, 1), got {self.sparsity}")
+        if fixed is not None and self.sparsity not in (0, fixed):
+            given = f"epsilon={self.epsilon}" if self.sparsity is None else f"sparsity={self.sparsity}"
+            raise ValueError(f"pattern {self.pattern!r}: expected no budget but its own {fixed:g}, got {given}")
+        if not 0 <= self.min_sparsity <= self.max_sparsity <= 1:
+            raise ValueError(
+                "min_sparsity, max_sparsity: expected 0 ≤ min ≤ max ≤ 1, got"
+                f" {self.min_sparsity} and {self.max_sparsity}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What `trim` is going to do: the layers in order of execution, each with its use and budget, and the rest."""
+    """What `trim` is going to do: the layers in order of execution, each with its use and budget, and the rest.
+
+    ``shared`` are the layers without a budget of their own, over which an allocation spreads the common one.
+    """
 
     layers: dict[str, nn.Linear]
     flows: dict[str, Flow]
     budgets: dict[str, Budget]
     skipped: tuple[SkippedLayer, ...]
+    shared: tuple[str, ...]
 
 
-def override(common: Budget, options: Mapping[str, float | bool]) -> Budget:
+def override(common: Budget, options: Mapping[str, float | bool | str]) -> Budget:
     """The common budget with a layer's own options in its place.
 
     Raises:
-        ValueError: for options other than epsilon, sparsity and refit, and for values outside their ranges.
+        ValueError: for options that are none, and for values outside their ranges.
     """
-    if unknown := set(options) - {"epsilon", "sparsity", "refit"}:
-        raise ValueError(f"per_layer: expected the options epsilon, sparsity and refit, got {sorted(unknown)}")
-    own_budget = {"epsilon", "sparsity"} & set(options)
-    return Budget(
-        options.get("epsilon") if own_budget else common.epsilon,
-        options.get("sparsity") if own_budget else common.sparsity,
-        bool(options.get("refit", common.refit)),
-    )
+    known = {field.name for field in fields(Budget)}
+    if unknown := set(options) - known:
+        raise ValueError(f"per_layer: expected the options {', '.join(sorted(known))}, got {sorted(unknown)}")
+    merged: dict[str, Any] = {name: getattr(common, name) for name in known} | dict(options)
+    if _own(options):
+        merged |= {"epsilon": options.get("epsilon"), "sparsity": options.get("sparsity")}
+    return Budget(**merged)
+
+
+def _own(options: Mapping[str, float | bool | str]) -> bool:
+    """Whether a layer's options decide how far it is pruned."""
+    pattern = Pattern(str(options.get("pattern", "unstructured")))
+    return bool({"epsilon", "sparsity"} & set(options)) or pattern.sparsity is not None
 
 
 def check_arguments(
@@ -66,31 +100,86 @@ def check_arguments(
     sparsity: float | None,
     scheme: str,
     num_samples: int,
-    per_layer: Mapping[str, Mapping[str, float | bool]] | None,
+    per_layer: Options | None,
     refit: bool = True,
+    pattern: str = "unstructured",
+    max_drop: float | None = None,
+    mode: str = "max",
+    allocate: str = "uniform",
+    importance: str = "outgoing",
+    penalize_bias: bool = False,
+    planned: bool = False,
+    solver: Solver | None = None,
 ) -> Budget:
     """What can be said about the arguments before a model is seen; returns the common budget.
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
     """
-    common = Budget(epsilon, sparsity, refit)
-    if scheme not in ("cascade", "parallel"):
-        raise ValueError(f"scheme: expected 'cascade' or 'parallel', got {scheme!r}")
+    if planned and not epsilon == sparsity == max_drop is None:
+        raise ValueError(
+            f"plan: expected no epsilon, sparsity or max_drop beside it, got {epsilon}, {sparsity} and {max_drop}:"
+            " edit the plan"
+        )
+    if planned:
+        common = Budget(None, 0.0, refit)
+    elif max_drop is None:
+        common = Budget(epsilon, sparsity, refit, pattern)
+    elif epsilon is not None or sparsity is not None or Pattern(pattern).sparsity is not None:
+        raise ValueError(
+            f"max_drop: expected no epsilon, sparsity or n:m pattern beside it, got epsilon={epsilon},"
+            f" sparsity={sparsity} and pattern={pattern!r}: it finds the sparsity itself"
+        )
+    else:
+        common = Budget(None, 0.0, refit, pattern)
+    if max_drop is not None and not 0 <= max_drop < float("inf"):
+        raise ValueError(f"max_drop: expected ≥ 0 (0.005 is half a point of accuracy), got {max_drop}")
+    for name, value, choices in (
+        ("scheme", scheme, ("cascade", "parallel")),
+        ("mode", mode, ("max", "min")),
+        ("allocate", allocate, ("uniform", "epsilon", "global", "magnitude")),
+        ("importance", importance, ("outgoing", "equal")),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
     if num_samples < MIN_SAMPLES:
         raise ValueError(f"num_samples: expected at least {MIN_SAMPLES}, got {num_samples}: a few thousand are usual")
-    for options in (per_layer or {}).values():
-        override(common, options)
+    budgets = [common, *(override(common, options) for options in (per_layer or {}).values())]
+    for budget in budgets:
+        if budget.epsilon is not None and budget.pattern != "unstructured" and (solver is None or solver.convex):
+            raise ValueError(
+                f"pattern {budget.pattern!r}: expected a sparsity, got epsilon={budget.epsilon}: the convex"
+                " program knows no pattern; give a sparsity, or the solver Cardinality"
+            )
+        if penalize_bias and budget.pattern not in ("unstructured", "per_neuron"):
+            raise ValueError(
+                f"penalize_bias: expected a pattern of single weights, got {budget.pattern!r}: biases are in no block"
+            )
     return common
 
 
-def plan(
+def budgets_of(layers: Mapping[str, nn.Linear], common: Budget, per_layer: Options | None) -> dict[str, Budget]:
+    """The budget of each layer.
+
+    Raises:
+        ValueError: for a key that matches nothing and for a layer that its pattern does not divide.
+    """
+    budgets = {name: override(common, own) for name, own in per_layer_options(per_layer, layers).items()}
+    for name, layer in layers.items():
+        try:
+            Pattern(budgets[name].pattern).check(layer.in_features, layer.out_features)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+    return budgets
+
+
+def choose(
     model: nn.Module,
     batches: Sequence[Inputs],
     common: Budget,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
-    per_layer: Mapping[str, Mapping[str, float | bool]] | None = None,
+    per_layer: Options | None = None,
 ) -> Plan:
     """Choose the layers and see, on one held batch, in which order they run and what follows them.
 
@@ -98,7 +187,8 @@ def plan(
         ValueError: for a layer, a batch or a key that cannot be used.
     """
     layers, skipped = prunable(model, targets, ignore)
-    options = per_layer_options(per_layer, layers)
+    budgets = budgets_of(layers, common, per_layer)
+    own = per_layer_options(per_layer, layers)
     with evaluating(model):
         flows = watch(model, layers, batches[0])
     skipped |= {name: "never called in the forward pass" for name in layers if name not in flows}
@@ -107,6 +197,41 @@ def plan(
     return Plan(
         {name: layers[name] for name in flows},
         flows,
-        {name: override(common, options[name]) for name in flows},
+        {name: budgets[name] for name in flows},
         tuple(SkippedLayer(name, reason) for name, reason in skipped.items()),
+        tuple(name for name in flows if not _own(own[name]) and Pattern(budgets[name].pattern).sparsity is None),
     )
+
+
+def as_text(todo: Plan, budgets: Mapping[str, Budget]) -> str:
+    """The budgets of all layers as YAML, which `read` reads back after it was edited."""
+    layers = {
+        name: {key: value for key in ("epsilon", "sparsity") if (value := getattr(budgets[name], key)) is not None}
+        | {"pattern": budgets[name].pattern, "refit": budgets[name].refit}
+        | {"shape": list(layer.weight.shape), "follows": "ReLU" if todo.flows[name].relu else "linear"}
+        for name, layer in todo.layers.items()
+    }
+    skipped = {layer.name: layer.reason for layer in todo.skipped}
+    return yaml.safe_dump({"layers": layers, "skipped": skipped}, sort_keys=False)
+
+
+def read(path: str | Path, layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+    """The options of each layer in a plan's file, for `per_layer`; layers that it does not name are left alone.
+
+    Raises:
+        ValueError: for a file that holds no plan, a layer that is not there and one of another shape.
+    """
+    try:
+        rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))["layers"]
+        options = {str(name): dict(row) for name, row in rows.items()}
+    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
+        raise ValueError(f"plan: expected a plan.yaml as a dry run writes it, got {path}: {error!r}") from error
+    for name, row in options.items():
+        row.pop("follows", None)
+        shape = row.pop("shape", None)
+        weight = getattr(layers.get(name), "weight", None)
+        if weight is None:
+            raise ValueError(f"plan: expected layers of this model, got {name!r}: it has {', '.join(layers)}")
+        if shape is not None and shape != list(weight.shape):
+            raise ValueError(f"plan: {name}: expected shape {list(weight.shape)}, got {shape}: of another model?")
+    return options

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -9,26 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nettrim.pattern import Pattern
+from lightning_nettrim.sums import norm, over
+
 BLOCK = 2**22  # entries of the largest temporary of an evaluation, one problem's
-
-Reduction = Callable[..., Tensor]
-
-
-def over(dims: tuple[int, ...], reduce: Reduction, R: Tensor) -> Tensor:
-    """``reduce`` (a sum or a norm) over all entries or, with dims (-2,), over rows; the dimensions are kept.
-
-    The order of the additions, hence the rounding, of one problem does not depend on the batch that it is in.
-    """
-    if dims == (-2,):
-        return reduce(R.mT.contiguous(), dim=-1).unsqueeze(-2)
-    rows = reduce(R, dim=-1)
-    rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % 64)).unflatten(-1, (-1, 64))
-    return reduce(reduce(rows, dim=-1), dim=-1)[..., None, None]
-
-
-def norm(R: Tensor, dims: tuple[int, ...] = (-2, -1)) -> Tensor:
-    """‖R‖ over all entries or, with dims (-2,), column by column; the dimensions are kept."""
-    return over(dims, torch.linalg.vector_norm, R)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +34,7 @@ class LayerProblem:
         V: ``(*batch, P, M)`` ceiling off Ω; ``None`` is 0.
         penalty: ``(N,)`` weights λ ≥ 0 of the ℓ1 norm, row by row; 0 is a free row (the bias), ``None`` is all ones.
         sparsity: fraction of zeros asked of the penalised rows, in [0, 1); ``None`` where ``epsilon`` decides.
+        pattern: of those zeros.
 
     References:
         Aghasi, Abdi, Romberg, "Fast Convex Pruning of Deep Neural Networks", SIAM J. Math. Data Sci. 2020, eq. (6).
@@ -62,6 +48,7 @@ class LayerProblem:
     V: Tensor | None = None
     penalty: Tensor | None = None
     sparsity: float | None = None
+    pattern: Pattern = Pattern()
 
     @property
     def batch(self) -> torch.Size:
@@ -76,12 +63,30 @@ class LayerProblem:
         return self.penalty.unsqueeze(-1)
 
     @property
+    def kept(self) -> int:
+        """Number of blocks of the pattern that ``sparsity`` keeps in each of its sets, in each problem of the batch."""
+        return self.pattern.kept(self._sparsity, *self._prunable)
+
+    @property
     def nonzeros(self) -> int:
         """Number of penalised weights that ``sparsity`` keeps, in each problem of the batch."""
-        if self.sparsity is None:
+        return self.pattern.nonzeros(self._sparsity, *self._prunable)
+
+    @property
+    def prunable(self) -> int:
+        """Number of penalised weights, in each problem of the batch."""
+        return math.prod(self._prunable)
+
+    @property
+    def _prunable(self) -> tuple[int, int]:
+        return int((self.weights > 0).sum()), self.Y.shape[-1]
+
+    @property
+    def _sparsity(self) -> float:
+        sparsity = self.pattern.sparsity if self.sparsity is None else self.sparsity
+        if sparsity is None:
             raise ValueError("expected a problem with a sparsity, got none: set sparsity=, not epsilon=")
-        size = int((self.weights > 0).sum()) * self.Y.shape[-1]
-        return size - round(self.sparsity * size)
+        return sparsity
 
     @property
     def balls(self) -> tuple[int, ...]:
@@ -110,7 +115,9 @@ class LayerProblem:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> LayerProblem:
         """The problem with every batched tensor changed."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("penalty", "sparsity")}
+        tensors = {
+            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("penalty", "sparsity", "pattern")
+        }
         changed: dict[str, Any] = {n: t if t is None else change(t) for n, t in tensors.items()}
         return replace(self, **changed)
 

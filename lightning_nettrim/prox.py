@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_nettrim.problem import norm
+from lightning_nettrim.problem import LayerProblem
+from lightning_nettrim.sums import norm
 
 
 def soft_threshold(T: Tensor, threshold: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -45,8 +46,23 @@ def reflect_relu_ball(
     return torch.sub(D, on, out=out).abs_().addcmul_(on, shrink)
 
 
-def project_topk(W: Tensor, k: int, score: Tensor | None = None) -> Tensor:
-    """argmin_S ‖S − W‖  s.t.  at most k non-zeros in the last two dimensions; ranked by ``score``, by |W| if None."""
-    flat = (W.abs() if score is None else score).flatten(-2)
-    kept = torch.zeros_like(flat, dtype=torch.bool).scatter_(-1, flat.topk(k, dim=-1).indices, True)
-    return torch.where(kept.unflatten(-1, W.shape[-2:]), W, 0)
+def project_pattern(problem: LayerProblem, S: Tensor, score: Tensor | None = None) -> Tensor:
+    """Argmin ‖S′ − S‖  s.t.  S′ keeps exactly as many blocks of the problem's pattern as its sparsity says.
+
+    Where S has fewer blocks than are to be kept, the largest trained ones that it lacks fill it up. Free rows stay.
+
+    Args:
+        problem: for its pattern, sparsity, free rows and trained weights.
+        S: ``(*batch, N, M)``.
+        score: ``(*batch, N, M)`` ≥ 0, summed over a block; S² if not given.
+    """
+    penalised = (problem.weights > 0).squeeze(-1)
+    part, trained = S[..., penalised, :], problem.W[..., penalised, :]
+    score = part.square() if score is None else score[..., penalised, :]
+    tiny = torch.finfo(S.dtype).tiny
+    tie = trained.square() / trained.square().amax((-2, -1), keepdim=True).clamp(min=tiny)
+    score = score / score.amax((-2, -1), keepdim=True).clamp(min=tiny) + 1e-12 * tie
+    chosen = problem.pattern.choose(score, problem.kept)
+    answer = S.clone()
+    answer[..., penalised, :] = torch.where(chosen, torch.where(part == 0, trained, part), 0)
+    return answer

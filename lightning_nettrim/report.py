@@ -30,6 +30,7 @@ class LayerReport:
         duality_gap: (objective − bound) / objective.
         violation: of the program's constraints by its answer, relative to its radius.
         epsilon: radius of the program relative to ‖Y‖.
+        pattern: of its zeros.
         steps: of the solver.
         seconds: recording, solving and refitting.
         status: CONVERGED, MAX_STEPS, INFEASIBLE or NONFINITE.
@@ -47,6 +48,7 @@ class LayerReport:
     duality_gap: float | None
     violation: float | None
     epsilon: float | None
+    pattern: str
     steps: int
     seconds: float
     status: str
@@ -74,6 +76,20 @@ class SkippedLayer:
     reason: str
 
 
+@dataclass(frozen=True)
+class Trial:
+    """One network tried by a search: its sparsity, its metric, and whether that is within the drop."""
+
+    sparsity: float
+    metric: float
+    within: bool
+
+    def line(self) -> str:
+        """One line for a log."""
+        verdict = "within the drop" if self.within else "not within the drop"
+        return f"trial at {self.sparsity:.2%} zeros: metric {self.metric:.4f}, {verdict}"
+
+
 @dataclass(frozen=True, eq=False)
 class TrimResult:
     """What `trim` did.
@@ -89,6 +105,8 @@ class TrimResult:
             chain; None where they are not.
         response_norm: ‖trained response‖ at the last pruned layer, the unit of both.
         seconds: for everything.
+        trials: of a search for the sparsest network within a drop, the trained one first; else empty.
+        plan: the budgets as YAML, which ``plan=`` reads.
     """
 
     reports: tuple[LayerReport, ...]
@@ -100,6 +118,13 @@ class TrimResult:
     discrepancy_bound: float | None
     response_norm: float
     seconds: float
+    trials: tuple[Trial, ...] = ()
+    plan: str = ""
+
+    @classmethod
+    def of_plan(cls, skipped: tuple[SkippedLayer, ...]) -> TrimResult:
+        """The result of a dry run: nothing is pruned."""
+        return cls((), skipped, {}, 0.0, 0.0, 0.0, None, 0.0, 0.0)
 
     def total(self) -> dict[str, float | None]:
         """The numbers of the whole network, by name."""
@@ -114,6 +139,7 @@ class TrimResult:
             f"all pruned layers: {self.sparsity:.2%} zeros; whole model: {self.model_sparsity:.2%};"
             f" discrepancy {self.discrepancy:.4g}{bound} of {self.response_norm:.4g}; {self.seconds:.1f} s"
         )
+        lines += [trial.line() for trial in self.trials]
         lines += [f"skipped {layer.name or '(the model)'}: {layer.reason}" for layer in self.skipped]
         return "\n".join(lines)
 
@@ -176,6 +202,7 @@ def as_json(
             "layers": [asdict(report) for report in result.reports],
             "skipped": [asdict(layer) for layer in result.skipped],
             "total": result.total(),
+            "trials": [asdict(trial) for trial in result.trials],
             "metrics": metrics,
             "arguments": arguments,
             "versions": versions,
@@ -197,6 +224,12 @@ def write_text(writer: SummaryWriter, result: TrimResult, metrics: str, step: in
     """The tables, as TensorBoard text under ``nettrim/table``."""
     blocks = [block for block in (metrics, result.table()) if block]
     writer.add_text("nettrim/table", "\n\n".join("    " + b.replace("\n", "\n    ") for b in blocks), step)
+
+
+def write_trials(writer: SummaryWriter, result: TrimResult, monitor: str) -> None:
+    """The curve of the metric against sparsity, whose steps are hundredths of a percent of zeros."""
+    for trial in sorted(result.trials, key=lambda trial: trial.sparsity):
+        writer.add_scalar(f"nettrim/trials/{monitor}", trial.metric, round(1e4 * trial.sparsity))
 
 
 def write_histograms(writer: SummaryWriter, weights: Mapping[str, Tensor], step: int) -> None:

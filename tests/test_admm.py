@@ -183,7 +183,7 @@ def test_coarse_products_are_certified_all_the_same(monkeypatch):
     def inputs(self):
         yield slice(None), self.X.bfloat16().float() if within else self.X
 
-    monkeypatch.setattr("lightning_nettrim.solvers.admm._tf32", tf32)
+    monkeypatch.setattr("lightning_nettrim.solvers.admm.coarse_products", tf32)
     monkeypatch.setattr(LayerProblem, "inputs", inputs)
     solution = solve(problem, ADMM(tf32=True))
     assert solution.status == Status.CONVERGED

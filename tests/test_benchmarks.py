@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,18 @@ import torch
 
 from benchmarks import convex, lenet, run
 from benchmarks.objective import cast, score
-from benchmarks.peers import TimedOut, Trial, Unavailable, authors, cvxpy_clarabel, cvxpy_scs, ours
+from benchmarks.peers import (
+    TimedOut,
+    Trial,
+    Unavailable,
+    alps,
+    authors,
+    cvxpy_clarabel,
+    cvxpy_scs,
+    ours,
+    sparsegpt,
+    wanda,
+)
 from benchmarks.race import Reference, bisect, first, passed, reference
 from benchmarks.steps import step_cost
 from tests.problems import layer, optimum
@@ -154,3 +166,124 @@ def test_an_unknown_section_is_refused(capsys):
     with pytest.raises(SystemExit):
         run.main(["convex", "--sections", "nothing"])
     assert "invalid choice" in capsys.readouterr().err
+
+
+# --- pruning without retraining
+
+
+PEERS = {
+    "alps.py": """
+import transformers
+import torch
+
+dev = 'cuda:0'
+
+
+class ALPS_prune:
+    def __init__(self, layer, nsamples, seqlen):
+        assert not isinstance(layer, transformers.Conv1D)
+        self.layer = layer
+
+    def add_batch(self, inp, out):
+        assert inp.shape[0] == out.shape[0]
+        self.inp = inp.to(dev)
+
+    def ALPS_admm(self, sp, nm_n=0, nm_m=0):
+        print("chatter")
+        torch.cuda.synchronize()
+        kept = round((1 - sp) * self.layer.weight.numel())
+        threshold = self.layer.weight.abs().flatten().sort(descending=True).values[kept]
+        self.layer.weight.data *= self.layer.weight.abs() > threshold
+""",
+    "sparsegpt.py": """
+import transformers
+from quant import *
+
+
+class SparseGPT:
+    def __init__(self, layer):
+        self.layer = layer
+
+    def add_batch(self, inp, out):
+        pass
+
+    def fasterprune(self, sparsity, prunen=0, prunem=0):
+        self.asked = self.layer.asked = (sparsity, prunen, prunem)
+""",
+    "lib/layerwrapper.py": """
+import torch
+
+
+class WrappedGPT:
+    def __init__(self, layer):
+        self.scaler_row = torch.zeros(layer.weight.shape[1])
+
+    def add_batch(self, inp, out):
+        self.scaler_row += inp.square().sum(0)
+""",
+}
+
+
+@pytest.fixture
+def peers(tmp_path):
+    for name, source in PEERS.items():
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(source, encoding="utf-8")
+    return tmp_path
+
+
+def test_the_authors_code_runs_on_the_device_at_hand_and_says_nothing(peers, capsys):
+    layer, X, synchronize = torch.nn.Linear(8, 6), torch.randn(20, 8), torch.cuda.synchronize
+    alps.method(peers)(layer, X, 0.75, None)
+    assert int((layer.weight != 0).sum()) == 12
+    sparsegpt.method(peers)(layer, X, 0.5, (2, 4))
+    assert layer.asked == (0.5, 2, 4)
+    layer = torch.nn.Linear(8, 6)
+    score = layer.weight.detach().abs() * X.norm(dim=0)
+    wanda.method(peers)(layer, X, 0.75, None)
+    assert bool(((layer.weight != 0).sum(1) == 2).all())
+    for row, kept in zip(score, layer.weight != 0, strict=True):
+        assert row[kept].min() >= row[~kept].max()
+    wanda.method(peers)(layer, X, 0.5, (1, 4))
+    assert bool(((layer.weight.reshape(-1, 4) != 0).sum(1) <= 1).all())
+    assert capsys.readouterr().out == ""
+    assert torch.cuda.synchronize is synchronize
+    assert "transformers" not in sys.modules
+
+
+@pytest.mark.parametrize("peer", [alps, sparsegpt, wanda])
+def test_a_clone_that_is_not_there_is_named(peer, tmp_path):
+    for clone in (None, tmp_path):
+        with pytest.raises(Unavailable, match="clone github.com/"):
+            peer.method(clone)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
+@pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+def test_the_one_shot_command_prints_a_table_and_writes_its_files(tmp_path, peers, capsys, data):
+    settings = [
+        "--out",
+        str(tmp_path / "out"),
+        "--alps",
+        str(peers),
+        "--seeds",
+        "1",
+        "--epochs",
+        "1",
+        "--samples",
+        "500",
+    ]
+    run.main(["oneshot", *settings, "--budgets", "0.9", "2:4"])
+    printed = capsys.readouterr().out
+    assert "SparseGPT (authors) skipped" in printed
+    with (tmp_path / "out/oneshot.csv").open() as file:
+        rows = {(row["budget"], row["method"]): row for row in csv.DictReader(file)}
+    for method in ("ours", "ours, allocated", "magnitude + refit", "ALPS (authors)"):
+        assert method in printed
+        assert float(rows["0.9", method]["zeros"]) == pytest.approx(0.9, abs=2e-3)
+    assert float(rows["0", "dense"]["accuracy"]) > 90
+    assert float(rows["2:4", "ours"]["zeros"]) == pytest.approx(0.498, abs=1e-3)
+    assert float(rows["0.9", "ours"]["error1"]) < float(rows["0.9", "magnitude + refit"]["error1"])
+    assert (tmp_path / "out/oneshot.png").stat().st_size > 1000

@@ -69,6 +69,14 @@ def test_magnitude_delta_prunes_the_digits_recipe(tmp_path):
     assert float((weights["fc1.weight"] == 0).float().mean()) == 0.75
 
 
+def test_tolerance_delta_prunes_the_digits_recipe(tmp_path):
+    folder = run(tmp_path, "recipes/tolerance.yaml")
+    report = json.loads((folder / "nettrim/report.json").read_text())
+    dense, pruned = (report["metrics"][side]["val_acc"] for side in ("dense", "pruned"))
+    assert pruned >= dense - 0.002
+    assert len(report["trials"]) > 2
+
+
 def test_digits_recipe_runs(tmp_path):
     folder = run(tmp_path)
     report = json.loads((folder / "nettrim/report.json").read_text())

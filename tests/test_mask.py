@@ -29,7 +29,7 @@ def test_swap_writes_in_place_and_all_or_nothing(model):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
 def test_weights_come_back_on_any_error(model, error):
     before = mask.copies(model, ["0.weight", "1.bias"])
-    with pytest.raises(error), mask.restored_on_error(model, list(before)):  # noqa: PT012
+    with pytest.raises(error), mask.restored_on_error(model, before):  # noqa: PT012
         mask.swap(model, {name: torch.zeros_like(value) for name, value in before.items()})
         raise error
     assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in before.items())

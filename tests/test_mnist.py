@@ -6,12 +6,12 @@ import copy
 import json
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_nettrim import trim
+from lightning_nettrim import Magnitude, NetTrim, SparseGPT, Wanda, trim
 from lightning_nettrim.cli import main
-from recipes.data import MNIST
 from recipes.models import MLP
 
 ROOT = Path(__file__).parents[1]
@@ -30,17 +30,6 @@ def accuracy(model, data):
     images, labels = data.held_out.tensors
     with torch.no_grad():
         return float((model.eval()(images).argmax(1) == labels).double().mean())
-
-
-@pytest.fixture(scope="module")
-def data():
-    module = MNIST()
-    try:
-        module.prepare_data()
-    except (OSError, RuntimeError) as error:
-        pytest.skip(f"MNIST is neither in {module.root} nor can it be downloaded ({error}): set NETTRIM_DATA")
-    module.setup("fit")
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -101,3 +90,55 @@ def test_parallel_keeps_its_bound_and_cascade_is_closer(run, data):
             change = float((networks[scheme](held_out) - dense(held_out)).norm() / dense(held_out).norm())
         assert change <= 0.3
     assert results["cascade"].discrepancy < results["parallel"].discrepancy
+
+
+def test_nine_tenths_are_zeros_within_two_tenths_of_a_point(run, data, tmp_path):
+    _, dense = pruned_and_dense(run)
+    before = accuracy(dense, data)
+    callback = NetTrim(max_drop=0.002, monitor="val_acc")
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = pl.Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, callbacks=[callback], **quiet)
+    trainer.validate(dense, data, verbose=False)
+    saved = MLP.load_from_checkpoint(tmp_path / "nettrim/pruned.ckpt", map_location="cpu")
+    weights = [layer.weight for layer in saved.children()]
+    assert accuracy(saved, data) >= before - 0.002 - 1e-6
+    assert sum(int((w == 0).sum()) for w in weights) >= 0.9 * sum(w.numel() for w in weights)
+    assert len(callback.result.trials) >= 3
+
+
+def test_at_a_sparsity_it_beats_the_baselines(run, data):
+    _, dense = pruned_and_dense(run)
+    images, _ = data.train.tensors
+    accuracies, errors = {}, {}
+    for name, options in {
+        "allocated": {"allocate": "global"},
+        "uniform": {},
+        "magnitude": {"solver": Magnitude()},
+        "Wanda": {"solver": Wanda()},
+        "SparseGPT": {"solver": SparseGPT()},
+    }.items():
+        network = copy.deepcopy(dense)
+        arguments = {"sparsity": 0.95, "allocate": "uniform", "num_samples": 5000} | options
+        result = trim(network, images.split(500), **arguments)
+        accuracies[name] = accuracy(network, data)
+        errors[name] = [report.relative_error for report in result.reports]
+        zeros = sum(int((layer.weight == 0).sum()) for layer in network.children())
+        assert zeros == round(0.95 * 266200)
+    assert accuracies["allocated"] >= accuracy(dense, data) - 0.005
+    assert (
+        accuracies["allocated"]
+        > accuracies["uniform"]
+        > max(accuracies[n] for n in ("magnitude", "Wanda", "SparseGPT"))
+    )
+    for name in ("magnitude", "Wanda", "SparseGPT"):
+        assert all(ours < theirs for ours, theirs in zip(errors["uniform"], errors[name], strict=True))
+
+
+def test_two_of_four(run, data):
+    _, dense = pruned_and_dense(run)
+    images, _ = data.train.tensors
+    network = copy.deepcopy(dense)
+    trim(network, images.split(500), pattern="2:4", ignore=["fc3"], num_samples=5000)
+    for layer in (network.fc1, network.fc2):
+        assert bool(((layer.weight.reshape(-1, 4) != 0).sum(1) == 2).all())
+    assert accuracy(network, data) >= accuracy(dense, data) - 0.003

@@ -98,7 +98,7 @@ def make_trainer(path, *callbacks, **options):
 
 def half(**options):
     """Half of each layer by magnitude: quick."""
-    return NetTrim(**({"sparsity": 0.5, "solver": Magnitude(), "refit": False} | options))
+    return NetTrim(**({"sparsity": 0.5, "allocate": "uniform", "solver": Magnitude(), "refit": False} | options))
 
 
 def state(model):
@@ -164,7 +164,7 @@ def test_fit_prunes_and_writes_checkpoint_and_report(tmp_path):
     assert all(after[name].shape == watch.trained[name].shape for name in after)
 
     report = json.loads((tmp_path / "nettrim/report.json").read_text())
-    assert set(report) == {"layers", "skipped", "total", "metrics", "arguments", "versions"}
+    assert set(report) == {"layers", "skipped", "total", "trials", "metrics", "arguments", "versions"}
     assert report["total"]["sparsity"] == result.sparsity
     assert report["arguments"]["epsilon"] == 0.1
     assert report["arguments"]["solver"]["class_path"].endswith("ADMM")
@@ -739,7 +739,13 @@ def test_no_validation_loop(tmp_path, model):
 def check_plan(path):
     plan = yaml.safe_load((path / "nettrim/plan.yaml").read_text())
     assert list(plan["layers"]) == ["fc1", "fc2"]
-    assert plan["layers"]["fc1"] == {"sparsity": 0.5, "refit": False, "shape": [16, 8], "follows": "ReLU"}
+    assert plan["layers"]["fc1"] == {
+        "sparsity": 0.5,
+        "pattern": "unstructured",
+        "refit": False,
+        "shape": [16, 8],
+        "follows": "ReLU",
+    }
     assert plan["skipped"] == {"fc3": "ignored"}
     assert {file.name for file in (path / "nettrim").iterdir()} == {"plan.yaml"}
 
@@ -760,6 +766,70 @@ def test_dry_run_of_a_validate_changes_nothing_and_writes_the_plan(tmp_path, den
     check_plan(tmp_path)
 
 
+def test_a_plan_is_written_edited_and_read_back(tmp_path):
+    model = Net()
+    make_trainer(tmp_path, half(dry_run=True, allocate="global")).fit(model, train_data(), val_data())
+    path = tmp_path / "nettrim/plan.yaml"
+    plan = yaml.safe_load(path.read_text())
+    plan["layers"]["fc2"]["sparsity"] = 0.25
+    path.write_text(yaml.safe_dump(plan))
+    callback = NetTrim(plan=str(path), solver=Magnitude(), refit=False)
+    make_trainer(tmp_path, callback).validate(model, datamodule=Data(), verbose=False)
+    sparsities = [plan["layers"][name]["sparsity"] for name in ("fc1", "fc2", "fc3")]
+    assert [report.sparsity for report in callback.result.reports] == pytest.approx(sparsities)
+
+
+# --- a tolerance
+
+
+class Scored(Net):
+    """Logs its accuracy."""
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        x, y = batch
+        self.log("val_acc", (self(x).argmax(1) == y).float().mean())
+
+
+@pytest.mark.parametrize("fit", [True, False])
+def test_the_sparsest_network_within_the_drop(tmp_path, fit):
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    callback, model = NetTrim(max_drop=0.1, monitor="val_acc"), Scored()
+    trainer = make_trainer(tmp_path, callback, logger=logger, max_epochs=8)
+    if fit:
+        trainer.fit(model, train_data(), val_data())
+    else:
+        make_trainer(tmp_path, max_epochs=8).fit(model, train_data(), val_data())
+        trainer.validate(model, datamodule=Data(), verbose=False)
+    trials = callback.result.trials
+    assert trials[0].sparsity == 0
+    assert callback.result.sparsity == pytest.approx(max(t.sparsity for t in trials if t.within), abs=2e-3)
+    assert callback.metrics["pruned"]["val_acc"] >= callback.metrics["dense"]["val_acc"] - 0.1
+    saved = Scored.load_from_checkpoint(tmp_path / "run/nettrim/pruned.ckpt")
+    (metrics,) = make_trainer(tmp_path).validate(saved, val_data(), verbose=False)
+    assert metrics["val_acc"] == pytest.approx(callback.metrics["pruned"]["val_acc"])
+    curve = read_events(tmp_path / "run").Scalars("nettrim/trials/val_acc")
+    assert [e.step for e in curve] == sorted(round(1e4 * t.sparsity) for t in trials)
+    report = json.loads((tmp_path / "run/nettrim/report.json").read_text())
+    assert len(report["trials"]) == len(trials)
+
+
+def test_a_metric_that_is_not_logged_is_named_and_nothing_is_pruned(tmp_path):
+    model, watch = Scored(), Watch()
+    with pytest.raises(MisconfigurationException, match="monitor: expected one of .* val_acc, got 'accuracy'"):
+        make_trainer(tmp_path, watch, NetTrim(max_drop=0.1, monitor="accuracy")).fit(model, train_data(), val_data())
+    assert same(state(model), watch.trained)
+
+
+def test_a_tolerance_needs_validation_data_before_training(tmp_path):
+    model = Net()
+    before = state(model)
+    with pytest.raises(MisconfigurationException, match="monitor='val_loss' expected validation data"):
+        make_trainer(tmp_path, NetTrim(max_drop=0.1, monitor="val_loss"), limit_val_batches=0).fit(
+            model, train_data(), val_data()
+        )
+    assert same(state(model), before)
+
+
 # --- errors
 
 
@@ -774,6 +844,10 @@ def test_dry_run_of_a_validate_changes_nothing_and_writes_the_plan(tmp_path, den
         ({"sparsity": 1.0}, "sparsity: .* got 1.0"),
         ({"sparsity": -0.1}, "sparsity: .* got -0.1"),
         ({"epsilon": 0.1, "scheme": "serial"}, "scheme: .* got 'serial'"),
+        ({"max_drop": 0.1}, "expected max_drop and monitor together, got 0.1 and None"),
+        ({"epsilon": 0.1, "monitor": "val_acc"}, "expected max_drop and monitor together, got None and 'val_acc'"),
+        ({"max_drop": 0.1, "monitor": "val_acc", "mode": "least"}, "mode: .* got 'least'"),
+        ({"sparsity": 0.5, "pattern": "4:2"}, "pattern: .* got '4:2'"),
         ({"epsilon": 0.1, "calibration": "test"}, "calibration: .* got 'test'"),
         ({"epsilon": 0.1, "num_samples": 3}, "num_samples: .* got 3"),
         ({"epsilon": 0.1, "per_layer": {"fc1": {"epsilon": -2.0}}}, "epsilon: .* got -2.0"),

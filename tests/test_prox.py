@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 import torch
 
-from lightning_nettrim.prox import project_topk, reflect_relu_ball, soft_threshold
+from lightning_nettrim import LayerProblem, Pattern
+from lightning_nettrim.prox import project_pattern, reflect_relu_ball, soft_threshold
 
 
 def test_soft_threshold_minimises_its_objective():
@@ -46,14 +49,35 @@ def test_the_reflection_is_written_where_asked():
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("k", [0, 1, 7, 20])
-def test_topk_keeps_exactly_the_largest(k):
-    W = torch.randn(2, 4, 5)
-    S = project_topk(W, k)
-    assert S.count_nonzero(dim=(-2, -1)).tolist() == [k, k]
-    for kept, all_ in zip(S, W, strict=True):
-        assert torch.equal(kept[kept != 0].abs().sort().values, all_.abs().flatten().sort().values[20 - k :])
+PATTERNS = ["unstructured", "per_neuron", "2:4", "1:4", "4:8", "neuron", "2x4", "4x2"]
 
 
-def test_topk_with_ties_is_still_exact():
-    assert project_topk(torch.ones(3, 3), 4).sum() == 4
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_projection_on_a_pattern_is_the_nearest_by_brute_force(name, batch, bias):
+    W = torch.randn(*batch, 8 + bias, 4)
+    penalty = torch.tensor([1.0] * 8 + [0.0] * bias)
+    pattern = Pattern(name)
+    problem = LayerProblem(W.mT, W.mT @ W, W, sparsity=pattern.sparsity or 0.5, pattern=pattern, penalty=penalty)
+    S = project_pattern(problem, W)
+    assert bool(((S == W) | (S == 0)).all())
+    assert torch.equal(S[..., 8:, :], W[..., 8:, :])
+    assert (S[..., :8, :] != 0).sum((-2, -1)).eq(problem.nonzeros).all()
+    for kept, all_ in zip(S[..., :8, :].reshape(-1, 8, 4), W[..., :8, :].reshape(-1, 8, 4), strict=True):
+        groups, sizes = pattern.groups(kept)[..., 0] != 0, pattern.groups(all_).square().sum(-1)
+        for chosen, size in zip(groups, sizes, strict=True):
+            best = (
+                max(size[list(c)].sum() for c in combinations(range(len(size)), int(chosen.sum())))
+                if len(size) < 17
+                else size.sort(descending=True).values[: int(chosen.sum())].sum()
+            )
+            torch.testing.assert_close(size[chosen].sum(), best)
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.05, 0.7, 0.999])
+def test_ties_and_zeros_are_filled_up_to_the_exact_count(sparsity):
+    ones = torch.ones(6, 5)
+    problem = LayerProblem(torch.ones(1, 6), torch.ones(1, 5), ones, sparsity=sparsity)
+    assert project_pattern(problem, ones).count_nonzero() == problem.nonzeros == 30 - round(30 * sparsity)
+    assert project_pattern(problem, torch.zeros(6, 5)).count_nonzero() == problem.nonzeros

@@ -14,7 +14,7 @@ def report(name="fc1", **changes):
     fields = {
         "name": name, "type": "Linear", "shape": (3, 4), "sparsity": 0.75, "zeros": 9, "relative_error": 0.05,
         "discrepancy": 0.06, "objective": 2.0, "bound": 1.9, "duality_gap": 0.05, "violation": 0.0, "epsilon": 0.1,
-        "steps": 25, "seconds": 1.5, "status": "CONVERGED",
+        "pattern": "unstructured",         "steps": 25, "seconds": 1.5, "status": "CONVERGED",
     }  # fmt: skip
     return LayerReport(**(fields | changes))
 
@@ -27,7 +27,7 @@ def result(*reports):
 def test_json_holds_every_field_and_nothing_that_json_lacks():
     written = as_json(result(report(), report("fc2", objective=math.nan)), {"dense": {"acc": 0.9}}, {"a": object}, {})
     again = json.loads(json.dumps(written, allow_nan=False))
-    assert set(again) == {"layers", "skipped", "total", "metrics", "arguments", "versions"}
+    assert set(again) == {"layers", "skipped", "total", "trials", "metrics", "arguments", "versions"}
     assert again["layers"][0]["shape"] == [3, 4]
     assert again["layers"][1]["objective"] is None
     assert again["skipped"] == [{"name": "conv", "reason": "Conv2d is not supported: only Linear is"}]

@@ -31,8 +31,10 @@ def apart(trainer: pl.Trainer, loggers: list[Logger]) -> Iterator[None]:
         trainer.loggers, trainer.callbacks, trainer.state.stage = kept  # type: ignore[attr-defined]
 
 
-def validation(trainer: pl.Trainer, name: str) -> dict[str, float]:
-    """Metrics of one pass over the validation data, logged into the sibling runs ``name``; empty without such data.
+def validation(trainer: pl.Trainer, name: str | None = None) -> dict[str, float]:
+    """Metrics of one pass over the validation data, empty without such data.
+
+    They are logged into the sibling runs ``name``, or nowhere if there is no name.
 
     Callbacks take no part: early stopping, checkpoints and progress bars see only the user's own validation.
     """
@@ -40,7 +42,7 @@ def validation(trainer: pl.Trainer, name: str) -> dict[str, float]:
     if fitting and not trainer.enable_validation:
         return {}
     loop = trainer.fit_loop.epoch_loop.val_loop if fitting else trainer.validate_loop
-    runs = [sibling(logger, name) for logger in trainer.loggers]
+    runs = [] if name is None else [sibling(logger, name) for logger in trainer.loggers]
     verbose, modes = loop.verbose, dict(loop._module_mode.mode)
     loop.verbose = False
     try:
@@ -52,7 +54,7 @@ def validation(trainer: pl.Trainer, name: str) -> dict[str, float]:
         for run in runs:
             run.finalize("success")
     metrics = {key: float(value) for output in outputs for key, value in output.items()}
-    for logger, run in zip(trainer.loggers, runs, strict=True):
+    for logger, run in zip(trainer.loggers, runs, strict=False):
         if isinstance(run, DummyLogger) and metrics:
             logger.log_metrics({f"{name}/{key}": value for key, value in metrics.items()}, trainer.global_step)
     return metrics

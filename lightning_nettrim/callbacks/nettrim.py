@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
-from importlib.metadata import version
-from itertools import islice, product
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_nettrim import mask
 from lightning_nettrim.callbacks.calibration import calibration_batches
-from lightning_nettrim.callbacks.compare import restart, sibling, validation
-from lightning_nettrim.layers import per_layer_options, prunable, refuse_unusable
-from lightning_nettrim.plan import check_arguments, plan
-from lightning_nettrim.report import LayerReport, TrimResult, as_json, comparison, write_histograms, write_text
-from lightning_nettrim.sample import hold
-from lightning_nettrim.solvers import ADMM, Solver
+from lightning_nettrim.callbacks.compare import restart, validation
+from lightning_nettrim.callbacks.publish import publish, publish_histograms, show_plan, warn_of_dense
+from lightning_nettrim.layers import prunable, refuse_unusable
+from lightning_nettrim.plan import budgets_of, check_arguments, read
+from lightning_nettrim.report import LayerReport, Trial, TrimResult
+from lightning_nettrim.solvers import Solver
 from lightning_nettrim.trim import trim
 
 
@@ -41,15 +33,27 @@ class NetTrim(Callback):
     ordinary Lightning checkpoint with the same keys, and ``report.json``.
 
     Args:
-        epsilon: largest change of a layer's response, relative: 0.05 is 5 % of its norm. Give this or ``sparsity``.
-        sparsity: fraction of zeros in each layer, exact to the weight. Give this or ``epsilon``.
+        epsilon: largest change of a layer's response, relative: 0.05 is 5 % of its norm. Give this, ``sparsity``,
+            ``max_drop`` or ``plan``.
+        sparsity: fraction of zeros, exact to the weight.
+        max_drop: how far ``monitor`` may fall (``mode: min``: rise): the sparsest network within it is found by trials,
+            each validated. Where none is within, the network stays dense.
+        monitor: the validation metric that ``max_drop`` is about.
+        mode: whether a larger (``max``) or a smaller (``min``) metric is better.
+        relative: ``max_drop`` is a fraction of the dense network's metric.
+        pattern: of the zeros: ``unstructured``, ``per_neuron``, ``n:m`` as ``2:4``, ``neuron``, or blocks of outputs by
+            inputs as ``4x4``.
+        allocate: how the zeros are spread over the layers without a budget of their own: ``global``, where they change
+            the network's output least; ``uniform``; ``epsilon``, to one relative response error; ``magnitude``, where
+            the smallest weights of all are. The total is exact for single weights.
+        importance: what a neuron's error counts: ``outgoing``, as the next layer's weights read it, or ``equal``.
         scheme: ``cascade`` solves layer after layer on the pruned network's signals, ``parallel`` on the trained ones.
-        solver: the method; ADMM, the convex program, if not given.
-        refit: refit the weights on their support, which removes the shrinkage of the l1 norm.
+        solver: the method; if not given, Cardinality at a sparsity, and ADMM, the convex program, at an epsilon.
+        refit: refit the weights on their support.
         targets: layers to prune: names, globs, ``re:`` patterns or class names; every Linear if not given.
         ignore: layers to leave alone, by the same keys.
         per_layer: options by the same keys in place of the common ones, e.g. ``{fc3: {sparsity: 0.6}}``; the options
-            are ``epsilon``, ``sparsity`` and ``refit``.
+            are ``epsilon``, ``sparsity``, ``pattern``, ``refit`` and, as bounds, ``min_sparsity``, ``max_sparsity``.
         num_samples: inputs, and rows per layer, to calibrate on at most; a uniform sample of one pass.
         seed: of that sample.
         penalize_bias: let biases be pruned like weights, the paper's way.
@@ -58,6 +62,7 @@ class NetTrim(Callback):
         save: write ``pruned.ckpt`` and ``report.json``.
         enforce: keep zeros exactly zero in a later ``fit`` of the pruned network; it is not pruned again then.
         dry_run: print what would be pruned, write it as ``nettrim/plan.yaml``, and leave the network as it is.
+        plan: file of such a plan, perhaps edited, in place of budgets and of layer choices.
         allow_untested_strategy: run under other strategies than a single device, at your own risk.
 
     Raises:
@@ -71,12 +76,19 @@ class NetTrim(Callback):
         self,
         epsilon: float | None = None,
         sparsity: float | None = None,
+        max_drop: float | None = None,
+        monitor: str | None = None,
+        mode: Literal["max", "min"] = "max",
+        relative: bool = False,
+        pattern: str = "unstructured",
+        allocate: Literal["uniform", "epsilon", "global", "magnitude"] = "global",
+        importance: Literal["outgoing", "equal"] = "outgoing",
         scheme: Literal["cascade", "parallel"] = "cascade",
         solver: Solver | None = None,
         refit: bool = True,
         targets: list[str] | None = None,
         ignore: list[str] | None = None,
-        per_layer: dict[str, dict[str, float | bool]] | None = None,
+        per_layer: dict[str, dict[str, float | bool | str]] | None = None,
         num_samples: int = 8192,
         seed: int = 0,
         penalize_bias: bool = False,
@@ -85,19 +97,46 @@ class NetTrim(Callback):
         save: bool = True,
         enforce: bool = True,
         dry_run: bool = False,
+        plan: str | None = None,
         allow_untested_strategy: bool = False,
     ) -> None:
         try:
-            self._common = check_arguments(epsilon, sparsity, scheme, num_samples, per_layer, refit)
+            self._common = check_arguments(
+                epsilon,
+                sparsity,
+                scheme,
+                num_samples,
+                per_layer,
+                refit,
+                pattern,
+                max_drop,
+                mode,
+                allocate,
+                importance,
+                penalize_bias,
+                plan is not None,
+                solver,
+            )
         except ValueError as error:
             raise MisconfigurationException(f"NetTrim: {error}") from error
         if calibration not in ("train", "val"):
             raise MisconfigurationException(f"NetTrim: calibration: expected 'train' or 'val', got {calibration!r}")
+        if (max_drop is None) != (monitor is None):
+            raise MisconfigurationException(
+                f"NetTrim: expected max_drop and monitor together, got {max_drop} and {monitor!r}: name a validation"
+                " metric and how far it may fall"
+            )
         self._trim_arguments: dict[str, Any] = {
             "epsilon": epsilon,
             "sparsity": sparsity,
+            "max_drop": max_drop,
+            "mode": mode,
+            "relative": relative,
+            "pattern": pattern,
+            "allocate": allocate,
+            "importance": importance,
             "scheme": scheme,
-            "solver": ADMM() if solver is None else solver,
+            "solver": solver,
             "refit": refit,
             "targets": targets,
             "ignore": ignore,
@@ -105,7 +144,9 @@ class NetTrim(Callback):
             "num_samples": num_samples,
             "seed": seed,
             "penalize_bias": penalize_bias,
+            "plan": plan,
         }
+        self.monitor = monitor
         self.calibration = calibration
         self.compare = compare
         self.save = save
@@ -149,6 +190,8 @@ class NetTrim(Callback):
         self._check(pl_module)
         if self.calibration == "val" and not trainer.enable_validation:
             raise MisconfigurationException("NetTrim: calibration='val' expected validation data, got none")
+        if self.monitor is not None and not trainer.enable_validation:
+            raise MisconfigurationException(f"NetTrim: monitor={self.monitor!r} expected validation data, got none")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Keep the zeros if this network was pruned before, else forget about any other network."""
@@ -233,7 +276,8 @@ class NetTrim(Callback):
         try:
             refuse_unusable(pl_module)
             layers, _ = prunable(pl_module, arguments["targets"], arguments["ignore"])
-            per_layer_options(arguments["per_layer"], layers)
+            options = arguments["per_layer"] if arguments["plan"] is None else read(arguments["plan"], layers)
+            budgets_of(layers, self._common, options)
         except ValueError as error:
             raise MisconfigurationException(f"NetTrim: {error}") from error
 
@@ -242,92 +286,48 @@ class NetTrim(Callback):
         if not self._finished or self.result is None or mask.obeys(pl_module, self.result.masks):
             return False
         self.masks = self.result.masks
-        assert trainer.state.fn is not None
-        call, where = f"trainer.{trainer.state.fn.value}", self._folder(trainer)
-        rank_zero_warn(
-            "NetTrim: this is the dense network, not the pruned one"
-            + (f": {call}() has loaded {trainer.ckpt_path}" if trainer.ckpt_path else "")
-            + f". For the pruned network call {call}(model) right after the fit"
-            + (f", or {call}(model, ckpt_path={str(where / 'pruned.ckpt')!r})." if where else ".")
-        )
+        warn_of_dense(trainer)
         return True
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Solve and swap on calibration batches, one line per layer, histograms before and after."""
 
-        def tell(report: LayerReport) -> None:
-            trainer.print(f"NetTrim: {report.line()}")
+        def tell(row: LayerReport | Trial) -> None:
+            trainer.print(f"NetTrim: {row.line()}")
 
         before = {name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()}
-        self.result = trim(pl_module, self._batches(trainer, pl_module), **self._trim_arguments, on_layer=tell)
+        self.result = trim(
+            pl_module,
+            self._batches(trainer, pl_module),
+            **self._trim_arguments,
+            metric=None if self.monitor is None else lambda: self._metric(trainer),
+            on_layer=tell,
+            on_trial=tell,
+        )
         self.masks = self.result.masks
         after = {name: parameter.detach() for name, parameter in pl_module.named_parameters()}
-        weights = {"dense": {key: before[key] for key in self.masks}, "pruned": {key: after[key] for key in self.masks}}
-        for logger, name in product(trainer.loggers, weights):
-            run = sibling(logger, name)
-            if isinstance(run, TensorBoardLogger):
-                write_histograms(run.experiment, weights[name], trainer.global_step)
-                run.finalize("success")
+        publish_histograms(trainer, *({name: side[name] for name in self.masks} for side in (before, after)))
+
+    def _metric(self, trainer: pl.Trainer) -> float:
+        """The monitored metric of the network as it is, which no logger sees."""
+        metrics = validation(trainer)
+        if self.monitor not in metrics:
+            raise MisconfigurationException(
+                f"NetTrim: monitor: expected one of the logged validation metrics {', '.join(metrics) or '(none)'},"
+                f" got {self.monitor!r}"
+            )
+        return metrics[self.monitor]
 
     def _publish(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Scalars and tables to the loggers, the table to the console, the checkpoint and the report to files."""
         assert self.result is not None
-        sides = (self.metrics.get("dense", {}), self.metrics.get("pruned", {}))
-        metrics = comparison(*sides) if all(sides) else ""
-        scalars = {f"nettrim/{r.name}/{key}": value for r in self.result.reports for key, value in r.scalars().items()}
-        totals = {f"nettrim/total/{key}": value for key, value in self.result.total().items() if value is not None}
-        for logger in trainer.loggers:
-            logger.log_metrics(scalars | totals, trainer.global_step)
-            if isinstance(logger, TensorBoardLogger):
-                write_text(logger.experiment, self.result, metrics, trainer.global_step)
-            logger.save()
-        trainer.print("\n".join(["", self.result.table(), *([""] if metrics else []), metrics]).rstrip())
-        if self.save and (folder := self._folder(trainer)) is not None:
-            trainer.save_checkpoint(folder / "pruned.ckpt")
-            if trainer.is_global_zero:
-                self._write(folder / "report.json", json.dumps(self._report(), indent=2, allow_nan=False) + "\n")
-            trainer.print(f"\nNetTrim: wrote {folder / 'pruned.ckpt'} and report.json beside it")
-
-    def _report(self) -> dict[str, Any]:
-        assert self.result is not None
-        solver = self._trim_arguments["solver"]
-        settings = asdict(solver) if is_dataclass(solver) and not isinstance(solver, type) else {}
-        arguments = self._trim_arguments | {
-            "solver": {"class_path": f"{type(solver).__module__}.{type(solver).__qualname__}", "init_args": settings},
-            "calibration": self.calibration,
-        }
-        packages = ("lightning_nettrim", "torch", "lightning")
-        return as_json(self.result, self.metrics, arguments, {name: version(name) for name in packages})
+        arguments = self._trim_arguments | {"monitor": self.monitor, "calibration": self.calibration}
+        publish(trainer, self.result, self.metrics, arguments, self.save)
 
     def _show_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print what would be pruned and what would not, and write it as YAML."""
-        chosen = {key: self._trim_arguments[key] for key in ("targets", "ignore", "per_layer")}
-        held = hold(pl_module, islice(self._batches(trainer, pl_module), 1), self._trim_arguments["num_samples"], 0)
-        todo = plan(pl_module, held, self._common, **chosen)
-        layers = {
-            name: {key: value for key, value in asdict(todo.budgets[name]).items() if value is not None}
-            | {"shape": list(layer.weight.shape), "follows": "ReLU" if todo.flows[name].relu else "linear"}
-            for name, layer in todo.layers.items()
-        }
-        text = yaml.safe_dump(
-            {"layers": layers, "skipped": {layer.name: layer.reason for layer in todo.skipped}}, sort_keys=False
-        )
-        trainer.print(f"NetTrim would prune (dry_run, nothing was changed):\n{text}")
-        if self.save and trainer.is_global_zero and (folder := self._folder(trainer)) is not None:
-            self._write(folder / "plan.yaml", text)
-
-    def _write(self, path: Path, text: str) -> None:
-        """Write a file that is either whole or not there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(path.suffix + ".partial")
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-
-    def _folder(self, trainer: pl.Trainer) -> Path | None:
-        """``<log_dir>/nettrim``; None where a trainer is not meant to write anything."""
-        if trainer.fast_dev_run or trainer.barebones or trainer.log_dir is None:  # type: ignore[attr-defined]
-            return None
-        return Path(trainer.log_dir) / "nettrim"
+        result = trim(pl_module, self._batches(trainer, pl_module), **self._trim_arguments, dry_run=True)
+        show_plan(trainer, result.plan, self.save)
 
     def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:
         return calibration_batches(trainer, pl_module, self.calibration, self._trim_arguments["num_samples"])

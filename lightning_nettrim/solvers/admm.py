@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_nettrim.problem import LayerProblem, norm, over
-from lightning_nettrim.prox import project_topk, reflect_relu_ball, soft_threshold
-from lightning_nettrim.solvers.base import Certificate, IterativeSolver, Solution, iterate
+from lightning_nettrim.problem import LayerProblem
+from lightning_nettrim.prox import project_pattern, reflect_relu_ball, soft_threshold
+from lightning_nettrim.solvers.base import Certificate, IterativeSolver, Solution, coarse_products, iterate
+from lightning_nettrim.sums import norm, over
 
 
 class ADMMState(NamedTuple):
@@ -65,10 +64,10 @@ class ADMM(IterativeSolver):
         if not 0 < self.relaxation < 2:
             raise ValueError(f"ADMM.relaxation: expected a number in (0, 2), got {self.relaxation}")
 
-    def solve(self, problem: LayerProblem) -> Solution:
-        """Solve at the problem's radius, or at its sparsity where one is set."""
+    def solve(self, problem: LayerProblem, warm: ADMMState | None = None) -> Solution:
+        """Solve at the problem's radius, or at its sparsity where one is set; a warm start is for radii only."""
         if problem.sparsity is None:
-            return iterate(problem.compressed(), self)
+            return iterate(problem.compressed(), self, warm)
         return self._at_sparsity(problem.compressed())
 
     def init(self, problem: LayerProblem, warm: ADMMState | None = None) -> ADMMState:
@@ -96,7 +95,7 @@ class ADMM(IterativeSolver):
         """One round of W, Z, S and both duals."""
         W, S, T, g, R, D, G, E, F, tau, kappa, inverse = state
         alpha = self.relaxation
-        with _tf32(self.tf32):
+        with coarse_products(self.tf32):
             move = torch.bmm(inverse, torch.sub(S, T).add_(S).sub_(W).mul_(kappa).add_(g))  # W-update
             W += move
             for rows, X in problem.inputs():
@@ -160,7 +159,7 @@ class ADMM(IterativeSolver):
 
     def _at_sparsity(self, problem: LayerProblem) -> Solution:
         """Search log ε for the number of non-zeros, solve there, and cut or fill the support to the exact count."""
-        k, size = problem.nonzeros, int((problem.weights > 0).sum()) * problem.Y.shape[-1]
+        k, size = problem.nonzeros, problem.prunable
         response = torch.linalg.matrix_norm(problem.Y)
         response = torch.where(response > 0, response, 1)
         floor = 1e-3 * response
@@ -189,7 +188,7 @@ class ADMM(IterativeSolver):
             proposal = torch.where(torch.isfinite(high) & (low > floor), between, beyond).clamp(min=floor)
             epsilon = torch.where(done, epsilon, proposal)
         solution = iterate(replace(problem, epsilon=best, sparsity=None), self, state)
-        return replace(solution, W=_exactly(k, solution.W, problem))
+        return replace(solution, W=project_pattern(problem, solution.W))
 
 
 def _residual(problem: LayerProblem, W: Tensor, R: Tensor) -> None:
@@ -199,23 +198,10 @@ def _residual(problem: LayerProblem, W: Tensor, R: Tensor) -> None:
 
 
 def _adjoint(problem: LayerProblem, E: Tensor, g: Tensor, beta: int = 0) -> None:
-    """G ← βg + XᵀE."""
+    """In place, g ← βg + XᵀE."""
     for rows, X in problem.inputs():
         g.baddbmm_(X.mT, E[:, rows], beta=beta)
         beta = 1
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    """Float32 products in TF32, or in what the CPU has of that kind, within."""
-    before = torch.get_float32_matmul_precision()
-    if allowed:
-        torch.set_float32_matmul_precision("medium")
-    try:
-        yield
-    finally:
-        if allowed:
-            torch.set_float32_matmul_precision(before)
 
 
 def _factor(problem: LayerProblem, penalised: Tensor) -> tuple[Tensor, Tensor]:
@@ -242,14 +228,3 @@ def _mean_energy(H: Tensor, penalised: Tensor) -> Tensor:
         diagonal = diagonal - (B * (torch.linalg.pinv(F[..., ~penalised], hermitian=True) @ B)).sum(-2)
     energy = diagonal.mean(-1).clamp(min=0)
     return torch.where(energy > 0, energy, 1)[..., None, None]
-
-
-def _exactly(k: int, S: Tensor, problem: LayerProblem) -> Tensor:
-    """S with exactly k penalised weights: its largest, then the largest trained ones that it lacks."""
-    penalised = problem.weights > 0
-    peak = torch.finfo(S.dtype).tiny + problem.W.abs().amax((-2, -1), keepdim=True)
-    filled = torch.where((S == 0) & penalised, problem.W, S)
-    first = (S != 0).to(S) * (2 + S.abs() / (S.abs().amax((-2, -1), keepdim=True) + torch.finfo(S.dtype).tiny))
-    score = torch.where(S != 0, first, problem.W.abs() / peak)
-    kept = project_topk(filled, k, torch.where(penalised, score, -1))
-    return torch.where(penalised, kept, S)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_nettrim.problem import LayerProblem, norm
+from lightning_nettrim.problem import LayerProblem
+from lightning_nettrim.sums import norm
 
 
 class Status(IntEnum):
@@ -51,11 +54,20 @@ class Solution:
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """A method that turns a `LayerProblem` into a `Solution`: numbers only, so that YAML can write it."""
+    """A method that turns a `LayerProblem` into a `Solution`: numbers only, so that YAML can write it.
+
+    ``convex`` says that it solves the program with a radius, of which the trained weights must be feasible; the others
+    take a sparsity.
+    """
+
+    convex: ClassVar[bool] = False
 
     @abstractmethod
-    def solve(self, problem: LayerProblem) -> Solution:
-        """Solve a valid problem; never prints, warns or raises for want of convergence: the status says it."""
+    def solve(self, problem: LayerProblem, warm: Any = None) -> Solution:
+        """Solve a valid problem; never prints, warns or raises for want of convergence: the status says it.
+
+        ``warm`` is the ``state`` of a solution for the same X, by the same solver.
+        """
 
 
 class Certificate(NamedTuple):
@@ -78,6 +90,8 @@ class IterativeSolver(Solver):
         atol: violation to reach, as a fraction of ε.
         check_every: steps between two looks at the certificate.
     """
+
+    convex: ClassVar[bool] = True
 
     max_steps: int = 4000
     rtol: float = 1e-3
@@ -110,9 +124,9 @@ class IterativeSolver(Solver):
         the bound is from its own.
         """
 
-    def solve(self, problem: LayerProblem) -> Solution:
+    def solve(self, problem: LayerProblem, warm: Any = None) -> Solution:
         """Iterate until the certificate is good enough."""
-        return iterate(problem, self)
+        return iterate(problem, self, warm)
 
 
 def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None, *, adaptive: bool = True) -> Solution:
@@ -175,6 +189,19 @@ def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None, *,
     return Solution(W, status, steps, objective, bound, gap, violation, epsilon, state)
 
 
+@contextmanager
+def coarse_products(allowed: bool) -> Iterator[None]:
+    """Float32 products in TF32, or in what the CPU has of that kind, within."""
+    before = torch.get_float32_matmul_precision()
+    if allowed:
+        torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        if allowed:
+            torch.set_float32_matmul_precision(before)
+
+
 def _members(state: Any, which: Tensor) -> Any:
     """The state of some members of a batch."""
     return type(state)(*(t[which] for t in state))
@@ -188,12 +215,13 @@ def _together(parts: list[tuple[Tensor, Any]]) -> Any:
     return type(parts[0][1])(*(torch.cat(tensors)[order] for tensors in zip(*(s for _, s in parts), strict=True)))
 
 
-def solve(problem: LayerProblem, solver: Solver) -> Solution:
+def solve(problem: LayerProblem, solver: Solver, warm: Any = None) -> Solution:
     """Check the problem once and solve it, without gradients.
 
     Args:
         problem: the layer's program.
         solver: the method.
+        warm: ``state`` of the same solver's solution of another problem with the same X.
 
     Returns:
         The sparse weights with their certificate.
@@ -202,4 +230,5 @@ def solve(problem: LayerProblem, solver: Solver) -> Solution:
         ValueError: if the problem is malformed; never for want of convergence.
     """
     with torch.no_grad():
-        return solver.solve(problem.validate())
+        problem = problem.validate()
+        return solver.solve(problem) if warm is None else solver.solve(problem, warm)

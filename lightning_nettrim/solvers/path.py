@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_nettrim.problem import LayerProblem, norm
+from lightning_nettrim.problem import LayerProblem
 from lightning_nettrim.solvers.admm import ADMM, ADMMState
 from lightning_nettrim.solvers.base import Solution, Status, iterate
+from lightning_nettrim.sums import norm
 
 _MOVING = ("W", "S", "T", "D", "G")  # what of a state depends on the radius and is smooth in its logarithm
 
@@ -47,10 +48,9 @@ def path(problem: LayerProblem, epsilons: Iterable[Tensor | float], solver: ADMM
                 here = state._replace(**{name: getattr(state, name).clone() for name in _MOVING})
                 if before is not None:
                     _extrapolate(state, solver.penalise(before, before.tau / state.tau), sizes)
-                solution, before = (
-                    iterate(at, replace(solver, max_steps=solver.max_steps // 4), state, adaptive=False),
-                    here,
-                )
+                before = here
+                short = replace(solver, max_steps=max(1, solver.max_steps // 4))
+                solution = iterate(at, short, state, adaptive=False)
                 if not bool((solution.status == Status.CONVERGED).all()):
                     solution = iterate(at, solver)
             state = solution.state

@@ -9,21 +9,29 @@ import torch
 from torch import Tensor
 
 from lightning_nettrim.problem import LayerProblem
+from lightning_nettrim.solvers.base import coarse_products
+
+DAMPING = 1e-7
+"""Ridge of the normal equations relative to the mean diagonal of XᵀX; above 1e-6 it costs accuracy."""
 
 
-def refit(problem: LayerProblem, W: Tensor, *, steps: int = 6, inner: int = 20, damping: float = 1e-7) -> Tensor:
+def refit(
+    problem: LayerProblem, W: Tensor, *, steps: int = 8, inner: int = 30, rtol: float = 1e-6, tf32: bool = True
+) -> Tensor:
     r"""Argmin ½ dist²(XW, K) over W with the given support; K = {Z : Z_Ω = Y_Ω, Z_Ωᶜ ≤ V_Ωᶜ}.
 
     Semismooth Newton: on the active set A = Ω ∪ {XW > V} the masked normal equations
-    mask∘(Xᵀ(A∘(Xp)) + damping·p) are solved by conjugate gradients with a Jacobi preconditioner, all neurons at once,
-    each step halved until the distance falls. A linear response has A everywhere and needs only the Gram matrix.
+    mask∘(Xᵀ(A∘(Xp)) + λp), λ a trace of damping, are solved by conjugate gradients with a Jacobi preconditioner to a
+    twentieth of their right-hand side, all neurons at once, each step halved until the distance falls. A linear
+    response has A everywhere and needs only the Gram matrix.
 
     Args:
         problem: the layer's program; ``epsilon`` is not used.
         W: ``(*batch, N, M)`` weights whose non-zeros are the support; free rows always belong to it.
-        steps: Newton steps.
-        inner: conjugate gradient steps in each.
-        damping: ridge, relative to the mean diagonal of XᵀX.
+        steps: Newton steps at most.
+        inner: conjugate gradient steps in each at most; five times as many on a Gram matrix.
+        rtol: ends when a step lowers no problem's distance by more, relatively.
+        tf32: let the products of a direction, not those of a residual, use faster formats.
 
     Returns:
         ``(*batch, N, M)`` weights on the same support, never farther than ``W``.
@@ -32,25 +40,37 @@ def refit(problem: LayerProblem, W: Tensor, *, steps: int = 6, inner: int = 20, 
     X = problem.X
     support = ((W != 0) | (problem.weights == 0)).to(W)
     energy = X.square().sum(-2).unsqueeze(-1)  # (*batch, N, 1), the diagonal of XᵀX
-    ridge = damping * energy.mean(-2, keepdim=True)
+    ridge = DAMPING * energy.mean(-2, keepdim=True)
     scale = support / (energy + ridge).clamp(min=torch.finfo(W.dtype).tiny)
     gram = X.mT @ X if problem.Omega is None else None
     XW = X @ W
-    for _ in range(1 if gram is not None else steps):
-        R = _residual(problem, XW)
+    R = _residual(problem, XW)
+    far = torch.linalg.matrix_norm(R, keepdim=True)
+    for _ in range(steps):
         if gram is None:
             active = (problem.Omega | (R != 0)).to(W)  # type: ignore[operator]
 
             def curvature(D: Tensor, active: Tensor = active) -> Tensor:
-                return support * (X.mT @ (active * (X @ D)) + ridge * D)
+                return support * (X.mT @ (X @ D).mul_(active)).add_(ridge * D)
         else:
 
             def curvature(D: Tensor, active: Tensor = gram) -> Tensor:
-                return support * (active @ D + ridge * D)
+                return support * (active @ D).add_(ridge * D)
 
-        D = _conjugate_gradients(curvature, support * (X.mT @ R), scale, inner if gram is None else 5 * inner)
-        W, XW = _descend(problem, W, XW, D)
+        slope = support * (X.mT @ R)
+        with coarse_products(tf32):
+            D = _conjugate_gradients(curvature, slope, scale, inner if gram is None else 5 * inner)
+        W, XW = _descend(problem, W, XW, D, far)
+        R, before = _residual(problem, XW), far
+        far = torch.linalg.matrix_norm(R, keepdim=True)
+        if bool((far >= (1 - rtol) * before).all()):
+            break
     return W
+
+
+def distance(problem: LayerProblem, W: Tensor) -> Tensor:
+    """``(*batch, 1, 1)``: dist(XW, K)."""
+    return torch.linalg.matrix_norm(_residual(problem, problem.X.to(W.device) @ W), keepdim=True)
 
 
 def _residual(problem: LayerProblem, XW: Tensor) -> Tensor:
@@ -61,14 +81,13 @@ def _residual(problem: LayerProblem, XW: Tensor) -> Tensor:
     return torch.where(problem.Omega, problem.Y - XW, above)
 
 
-def _descend(problem: LayerProblem, W: Tensor, XW: Tensor, D: Tensor) -> tuple[Tensor, Tensor]:
+def _descend(problem: LayerProblem, W: Tensor, XW: Tensor, D: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
     """W + tD for the largest t of 1, ½, ¼, … that lowers the distance, in each problem of the batch; else W."""
     XD = problem.X @ D
-    start = torch.linalg.matrix_norm(_residual(problem, XW), keepdim=True)
-    taken = torch.zeros_like(start)
+    taken = torch.zeros_like(far)
     for halvings in range(5):
         t = 0.5**halvings
-        lower = torch.linalg.matrix_norm(_residual(problem, XW + t * XD), keepdim=True) < start
+        lower = torch.linalg.matrix_norm(_residual(problem, XW + t * XD), keepdim=True) < far
         taken = torch.where(lower & (taken == 0), t, taken)
         if bool((taken > 0).all()):
             break
@@ -76,10 +95,11 @@ def _descend(problem: LayerProblem, W: Tensor, XW: Tensor, D: Tensor) -> tuple[T
 
 
 def _conjugate_gradients(curvature: Callable[[Tensor], Tensor], b: Tensor, scale: Tensor, steps: int) -> Tensor:
-    """Solve curvature(D) = b column by column, preconditioned by ``scale``, from zero."""
+    """Solve curvature(D) = b column by column, preconditioned by ``scale``, from zero, to a twentieth of b."""
     D, R = torch.zeros_like(b), b
     Q = scale * R
     P, rho = Q, (R * Q).sum(-2, keepdim=True)
+    first = rho.sum((-2, -1))
     for _ in range(steps):
         AP = curvature(P)
         slope = (P * AP).sum(-2, keepdim=True)
@@ -87,5 +107,7 @@ def _conjugate_gradients(curvature: Callable[[Tensor], Tensor], b: Tensor, scale
         D, R = D + alpha * P, R - alpha * AP
         Q = scale * R
         rho, previous = (R * Q).sum(-2, keepdim=True), rho
+        if bool((rho.sum((-2, -1)) <= first / 400).all()):
+            break
         P = Q + torch.where(previous > 0, rho / previous, 0) * P
     return D

@@ -1,0 +1,28 @@
+"""ALPS by its authors, from a local clone of github.com/mazumder-lab/ALPS."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from benchmarks.peers.clones import Prune, load, running
+
+NAME = "ALPS (authors)"
+
+
+def method(clone: Path | None) -> Prune:
+    """Their `ALPS_prune` with its own defaults.
+
+    Raises:
+        Unavailable: if the clone is not there.
+    """
+    theirs = load(clone, "alps.py", "github.com/mazumder-lab/ALPS", ["transformers"])
+
+    def prune(layer: nn.Linear, X: Tensor, sparsity: float, n_of_m: tuple[int, int] | None) -> None:
+        with running():
+            pruner = theirs.ALPS_prune(layer, len(X), 1)
+            pruner.add_batch(X, layer(X))
+            pruner.ALPS_admm(sparsity, *(n_of_m or (0, 0)))
+
+    return prune

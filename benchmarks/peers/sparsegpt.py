@@ -1,0 +1,29 @@
+"""SparseGPT by its authors, from a local clone of github.com/IST-DASLab/sparsegpt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from benchmarks.peers.clones import Prune, load, running
+
+NAME = "SparseGPT (authors)"
+
+
+def method(clone: Path | None) -> Prune:
+    """Their `SparseGPT` with its own defaults.
+
+    Raises:
+        Unavailable: if the clone is not there.
+    """
+    theirs = load(clone, "sparsegpt.py", "github.com/IST-DASLab/sparsegpt", ["transformers", "quant"])
+
+    def prune(layer: nn.Linear, X: Tensor, sparsity: float, n_of_m: tuple[int, int] | None) -> None:
+        n, m = n_of_m or (0, 0)
+        with running():
+            pruner = theirs.SparseGPT(layer)
+            pruner.add_batch(X, layer(X))
+            pruner.fasterprune(sparsity, m - n, m)
+
+    return prune
