@@ -142,6 +142,8 @@ def check_arguments(
     ):
         if value not in choices:
             raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
+    if solver is not None and not isinstance(solver, Solver):
+        raise ValueError(f"solver: expected a Solver, such as Cardinality(), got {solver!r}")
     if num_samples < MIN_SAMPLES:
         raise ValueError(f"num_samples: expected at least {MIN_SAMPLES}, got {num_samples}: a few thousand are usual")
     budgets = [common, *(override(common, options) for options in (per_layer or {}).values())]

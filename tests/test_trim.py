@@ -273,6 +273,7 @@ def test_the_model_can_still_be_trained_and_stays_in_its_modes():
         ({"pattern": "2:3"}, "0: pattern '2:3': expected a multiple of 3 inputs, got 20"),
         ({"sparsity": 0.4, "pattern": "2:4"}, "pattern '2:4': expected no budget but its own 0.5, got sparsity=0.4"),
         ({"epsilon": 0.4, "pattern": "2:4"}, "pattern '2:4': expected no budget but its own 0.5, got epsilon=0.4"),
+        ({"sparsity": 0.5, "solver": "Wanda"}, r"solver: expected a Solver, such as Cardinality\(\), got 'Wanda'"),
         ({"epsilon": 0.4, "pattern": "neuron"}, "pattern 'neuron': expected a sparsity, got epsilon=0.4"),
         ({"sparsity": 0.5, "pattern": "rows"}, "pattern: expected .* got 'rows'"),
         ({"sparsity": 0.5, "pattern": "neuron", "penalize_bias": True}, "penalize_bias: expected a pattern of single"),
