@@ -111,6 +111,7 @@ def _methods(settings: Settings, seed: int, budget: str) -> dict[str, Method]:
     if ":" not in budget:
         methods["ours, allocated"] = partial(_ours, solver=Cardinality(), allocate="global")
         methods["ours, per neuron"] = partial(_ours, solver=Cardinality(), pattern="per_neuron")
+        methods["SparseGPT, per neuron"] = partial(_ours, solver=SparseGPT(), refit=False, pattern="per_neuron")
     for peer, clone in ((alps, settings.alps), (sparsegpt, settings.sparsegpt), (wanda, settings.wanda)):
         try:
             methods[peer.NAME] = partial(_theirs, prune=peer.method(clone))
