@@ -96,32 +96,34 @@ def _own(options: Mapping[str, float | bool | str]) -> bool:
 
 
 def check_arguments(
+    *,
     epsilon: float | None,
     sparsity: float | None,
+    max_drop: float | None,
+    mode: str,
+    pattern: str,
+    allocate: str,
+    importance: str,
     scheme: str,
-    num_samples: int,
+    solver: Solver | None,
+    refit: bool,
     per_layer: Options | None,
-    refit: bool = True,
-    pattern: str = "unstructured",
-    max_drop: float | None = None,
-    mode: str = "max",
-    allocate: str = "uniform",
-    importance: str = "outgoing",
-    penalize_bias: bool = False,
-    planned: bool = False,
-    solver: Solver | None = None,
+    num_samples: int,
+    penalize_bias: bool,
+    plan: str | Path | None,
+    **_: Any,
 ) -> Budget:
-    """What can be said about the arguments before a model is seen; returns the common budget.
+    """What can be said about the arguments of `trim` before a model is seen; returns the common budget.
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
     """
-    if planned and not epsilon == sparsity == max_drop is None:
+    if plan is not None and not epsilon == sparsity == max_drop is None:
         raise ValueError(
             f"plan: expected no epsilon, sparsity or max_drop beside it, got {epsilon}, {sparsity} and {max_drop}:"
             " edit the plan"
         )
-    if planned:
+    if plan is not None:
         common = Budget(None, 0.0, refit)
     elif max_drop is None:
         common = Budget(epsilon, sparsity, refit, pattern)

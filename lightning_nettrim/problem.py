@@ -138,9 +138,21 @@ class LayerProblem:
         size = max(1, BLOCK // max(N, M))
         for start in range(0, P, size):
             rows = slice(start, min(start + size, P))
-            part: dict[str, Any] = {n: getattr(self, n) for n in ("Y", "Omega", "V")}
-            part = {n: t if t is None else t[..., rows, :] for n, t in part.items()}
-            yield rows, replace(self, X=self.X[..., rows, :].to(self.Y.device), **part)
+            yield rows, self.part(rows)
+
+    def part(self, rows: slice) -> LayerProblem:
+        """Some rows of the problem, X where the rest is."""
+        part: dict[str, Any] = {n: getattr(self, n) for n in ("Y", "Omega", "V")}
+        part = {n: t if t is None else t[..., rows, :] for n, t in part.items()}
+        return replace(self, X=self.X[..., rows, :].to(self.Y.device), **part)
+
+    def gram(self) -> Tensor:
+        """``(batch, N, N)``: XᵀX of a flat batch, in float64 from products in X's own precision."""
+        N = self.X.shape[-1]
+        H = self.Y.new_zeros(len(self.Y), N, N)
+        for _, X in self.inputs():
+            H.baddbmm_(X.mT, X)
+        return H.double()
 
     @property
     def centre(self) -> Tensor:

@@ -46,6 +46,14 @@ def reflect_relu_ball(
     return torch.sub(D, on, out=out).abs_().addcmul_(on, shrink)
 
 
+def project_responses(problem: LayerProblem, XW: Tensor) -> Tensor:
+    """argmin_Z ‖Z − XW‖  s.t.  Z_Ω = Y_Ω,  Z_Ωᶜ ≤ V_Ωᶜ: what answers, after the ReLU, as the trained layer does."""
+    if problem.Omega is None:
+        return problem.Y
+    ceiling = XW.clamp(max=0) if problem.V is None else torch.minimum(XW, problem.V)
+    return torch.where(problem.Omega, problem.Y, ceiling)
+
+
 def project_pattern(problem: LayerProblem, S: Tensor, score: Tensor | None = None) -> Tensor:
     """Argmin ‖S′ − S‖  s.t.  S′ keeps exactly as many blocks of the problem's pattern as its sparsity says.
 

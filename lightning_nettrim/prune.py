@@ -75,10 +75,10 @@ class Pruner:
             for parameter, value in parameters_of(name, layer, self.original[name]).items()
         }
         self._last = next(reversed(todo.layers))
-        self._told: BaseException | None = None
         self._curves: dict[str, Curve] = {}
         self._states: dict[str, Any] = {}  # of the last solve on a layer's trained signal
-        with self.saved("recording the trained responses"), evaluating(model):
+        self._current = "choosing budgets"
+        with evaluating(model):
             self.trained = self.signals.answers()
             self._reading = self.signals.importance(self.original) if importance == "outgoing" else {}
 
@@ -108,7 +108,7 @@ class Pruner:
         return mask.copies(self.model, list(self.dense))
 
     def prune(self, budgets: Mapping[str, Budget], tell: Callable[[LayerReport], None] | None = None) -> TrimResult:
-        """Prune the trained network to these budgets, in place; by whatever exception, it is as trained again.
+        """Prune the trained network to these budgets, in place, within `saved`.
 
         Args:
             budgets: of every layer.
@@ -119,7 +119,7 @@ class Pruner:
         pruned: dict[str, Tensor] = {}
         errors: dict[str, float] = {}  # of each layer alone, on the trained signals
         chained, before = True, None
-        with self.saved("the first layer"), evaluating(self.model):
+        with evaluating(self.model):
             self.restore()
             for name, layer in self.todo.layers.items():
                 self._current, began = f"solving {name}", time.perf_counter()
@@ -160,7 +160,7 @@ class Pruner:
     def curves(self, names: Sequence[str]) -> dict[str, Curve]:
         """What it costs to prune each of these layers alone, in its pattern, by a quick `Cardinality` and refit."""
         missing = [name for name in names if name not in self._curves]
-        with self.saved("the curves"), evaluating(self.model):
+        with evaluating(self.model):
             self.restore()
             probe = self.signals.probe(PROBE)
             trained = probe.answers(self._last)[self._last]
@@ -223,9 +223,7 @@ class Pruner:
     def _solve(self, name: str, problem: LayerProblem, wanted: Budget, trained_signal: bool) -> tuple[Solution, Tensor]:
         """The solution, and its weights after the refit towards the trained responses themselves."""
         if wanted.sparsity == 0:
-            none = problem.X.new_full((), torch.nan)
-            zero = torch.zeros((), dtype=torch.long)
-            return Solution(problem.W, zero + Status.CONVERGED, zero, none, none, none, none, none), problem.W
+            return Solution.uncertified(problem.W), problem.W
         solver = self.solver_of(wanted)
         if wanted.epsilon is not None and not solver.convex:
             solution = fewest(problem, solver, wanted.refit)
@@ -248,19 +246,16 @@ class Pruner:
         return replace(solution, W=solution.W / factor)
 
     @contextmanager
-    def saved(self, doing: str) -> Iterator[None]:
+    def saved(self) -> Iterator[None]:
         """A `with` after which, by whatever exception, all layers have their trained weights again."""
-        self._current = doing
         try:
             with mask.restored_on_error(self.model, self.dense):
                 yield
         except BaseException as error:
-            if error is not self._told:
-                log.warning(
-                    "%s while %s: all of %s have their trained weights again",
-                    type(error).__name__, self._current, ", ".join(self.todo.layers),
-                )  # fmt: skip
-            self._told = error
+            log.warning(
+                "%s while %s: all of %s have their trained weights again",
+                type(error).__name__, self._current, ", ".join(self.todo.layers),
+            )  # fmt: skip
             raise
 
 

@@ -100,21 +100,10 @@ def trim(
     """
     start = time.perf_counter()
     common = check_arguments(
-        epsilon,
-        sparsity,
-        scheme,
-        num_samples,
-        per_layer,
-        refit,
-        pattern,
-        max_drop,
-        mode,
-        allocate,
-        importance,
-        penalize_bias,
-        plan is not None,
-        solver,
-    )
+        epsilon=epsilon, sparsity=sparsity, max_drop=max_drop, mode=mode, pattern=pattern, allocate=allocate,
+        importance=importance, scheme=scheme, solver=solver, refit=refit, per_layer=per_layer, num_samples=num_samples,
+        penalize_bias=penalize_bias, plan=plan,
+    )  # fmt: skip
     if (max_drop is None) != (metric is None):
         raise ValueError("expected max_drop and metric together, got one of them: give both")
     if dry_run and max_drop is not None:
@@ -128,12 +117,13 @@ def trim(
     held = hold(model, batches, num_samples, seed)
     todo = choose(model, held, common, targets, ignore, per_layer)
     pruner = Pruner(model, todo, held, scheme, solver, num_samples, seed, penalize_bias, importance)
-    if metric is None:
-        chosen = budgets(pruner, allocate, sparsity)
-        result = TrimResult.of_plan(todo.skipped) if dry_run else pruner.prune(chosen, on_layer)
-        return replace(result, plan=as_text(todo, chosen), seconds=time.perf_counter() - start)
-    with pruner.saved("the search"):
-        result = _sparsest(pruner, metric, float(max_drop or 0), mode, relative, allocate, on_layer, on_trial)
+    with pruner.saved():
+        if metric is None:
+            chosen = budgets(pruner, allocate, sparsity)
+            result = TrimResult.of_plan(todo.skipped) if dry_run else pruner.prune(chosen, on_layer)
+            result = replace(result, plan=as_text(todo, chosen))
+        else:
+            result = _sparsest(pruner, metric, float(max_drop or 0), mode, relative, allocate, on_layer, on_trial)
     return replace(result, seconds=time.perf_counter() - start)
 
 

@@ -8,6 +8,7 @@ from itertools import combinations
 import pytest
 import torch
 from problems import VARIANTS, layer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nettrim import (
     Cardinality,
@@ -20,6 +21,7 @@ from lightning_nettrim import (
     refit,
     solve,
 )
+from lightning_nettrim.solvers.cardinality import spectrum_of
 
 SOLVERS = [Cardinality(), Magnitude(), Wanda(), SparseGPT(), SparseGPT(block=8)]
 PATTERNS = ["unstructured", "per_neuron", "2:4", "1:4", "4:8", "neuron", "4x4"]
@@ -95,6 +97,32 @@ def test_a_warm_start_gives_the_same_answer_as_a_cold_one():
     state = solve(replace(problem, sparsity=0.5), Cardinality()).state
     at = replace(problem, sparsity=0.8)
     assert torch.equal(solve(at, Cardinality(), state).W, solve(at, Cardinality()).W)
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators at which a host waits for its device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        masked = func.overloadpacket in (aten.index, aten._index_put_impl_, aten.index_put_) and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        )
+        self.count += masked or func.overloadpacket in (aten._local_scalar_dense, aten.nonzero, aten.is_nonzero)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{"bias": True}, {"relu": False}])
+def test_a_step_does_not_wait_for_the_device(options):
+    problem, counts = replace(layer(**options), sparsity=0.8), []
+    for steps in (30, 90):
+        with torch.no_grad(), Waits() as waits:
+            Cardinality(steps=steps)._run(problem.flat(), spectrum_of(problem.flat()), problem.kept)
+        counts.append(waits.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_a_sparse_layer_is_found_again():

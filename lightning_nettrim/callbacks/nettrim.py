@@ -100,32 +100,6 @@ class NetTrim(Callback):
         plan: str | None = None,
         allow_untested_strategy: bool = False,
     ) -> None:
-        try:
-            self._common = check_arguments(
-                epsilon,
-                sparsity,
-                scheme,
-                num_samples,
-                per_layer,
-                refit,
-                pattern,
-                max_drop,
-                mode,
-                allocate,
-                importance,
-                penalize_bias,
-                plan is not None,
-                solver,
-            )
-        except ValueError as error:
-            raise MisconfigurationException(f"NetTrim: {error}") from error
-        if calibration not in ("train", "val"):
-            raise MisconfigurationException(f"NetTrim: calibration: expected 'train' or 'val', got {calibration!r}")
-        if (max_drop is None) != (monitor is None):
-            raise MisconfigurationException(
-                f"NetTrim: expected max_drop and monitor together, got {max_drop} and {monitor!r}: name a validation"
-                " metric and how far it may fall"
-            )
         self._trim_arguments: dict[str, Any] = {
             "epsilon": epsilon,
             "sparsity": sparsity,
@@ -146,6 +120,17 @@ class NetTrim(Callback):
             "penalize_bias": penalize_bias,
             "plan": plan,
         }
+        try:
+            self._common = check_arguments(**self._trim_arguments)
+        except ValueError as error:
+            raise MisconfigurationException(f"NetTrim: {error}") from error
+        if calibration not in ("train", "val"):
+            raise MisconfigurationException(f"NetTrim: calibration: expected 'train' or 'val', got {calibration!r}")
+        if (max_drop is None) != (monitor is None):
+            raise MisconfigurationException(
+                f"NetTrim: expected max_drop and monitor together, got {max_drop} and {monitor!r}: name a validation"
+                " metric and how far it may fall"
+            )
         self.monitor = monitor
         self.calibration = calibration
         self.compare = compare

@@ -206,11 +206,7 @@ def _adjoint(problem: LayerProblem, E: Tensor, g: Tensor, beta: int = 0) -> None
 
 def _factor(problem: LayerProblem, penalised: Tensor) -> tuple[Tensor, Tensor]:
     """κ, ``(B, N, 1)``, the mean energy of the penalised inputs, and (XᵀX + κ)⁻¹."""
-    N = problem.X.shape[-1]
-    H = problem.Y.new_zeros(len(problem.Y), N, N)
-    for _, X in problem.inputs():
-        H.baddbmm_(X.mT, X)
-    H = H.double()
+    H = problem.gram()
     energy = _mean_energy(H, penalised)
     kappa = torch.where(penalised.unsqueeze(-1), energy, 0)
     # a trace of damping, which a proximal W-update allows, for free rows that are nothing or one another

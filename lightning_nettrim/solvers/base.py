@@ -51,6 +51,15 @@ class Solution:
     epsilon: Tensor
     state: Any = None
 
+    @classmethod
+    def uncertified(cls, W: Tensor, status: Tensor | None = None, steps: int = 0, state: Any = None) -> Solution:
+        """The answer of a method without objective and certificate; CONVERGED if no status is given."""
+        batch = W.shape[:-2]
+        if status is None:
+            status = torch.full(batch, int(Status.CONVERGED), device=W.device)
+        unknown = W.new_full(batch, torch.nan)
+        return cls(W, status, torch.full_like(status, steps), unknown, unknown, unknown, unknown, unknown, state)
+
 
 @dataclass(frozen=True)
 class Solver(ABC):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_nettrim.problem import LayerProblem
 from lightning_nettrim.prox import project_pattern
-from lightning_nettrim.solvers.base import Solution, Solver, Status
+from lightning_nettrim.solvers.base import Solution, Solver
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Magnitude(Solver):
 
     def solve(self, problem: LayerProblem, warm: Any = None) -> Solution:
         """Needs a ``sparsity``; has neither objective nor certificate, so those are NaN."""
-        return _answer(problem, project_pattern(problem, problem.W))
+        return Solution.uncertified(project_pattern(problem, problem.W))
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Wanda(Solver):
         """Needs a ``sparsity``; has neither objective nor certificate, so those are NaN."""
         energy = sum(X.square().sum(-2) for _, X in problem.inputs())
         score = problem.W.square() * energy.unsqueeze(-1)  # type: ignore[union-attr]
-        return _answer(problem, project_pattern(problem, problem.W, score))
+        return Solution.uncertified(project_pattern(problem, problem.W, score))
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class SparseGPT(Solver):
             W[:, stop:] -= root[:, now, stop:].mT @ errors
         answer = problem.W.clone()
         answer[:, rows] = W
-        return _answer(whole, project_pattern(problem, answer).reshape(whole.W.shape))
+        return Solution.uncertified(project_pattern(problem, answer).reshape(whole.W.shape))
 
     def _multiple(self, problem: LayerProblem) -> int:
         """Inputs of a block, a multiple of the pattern's m."""
@@ -98,18 +98,8 @@ class SparseGPT(Solver):
 
     def _root(self, problem: LayerProblem, rows: Tensor) -> Tensor:
         """``(B, n, n)`` the upper Cholesky factor of the damped inverse of H on the given inputs."""
-        H = torch.zeros(len(problem.Y), len(rows), len(rows), dtype=torch.float64, device=problem.Y.device)
-        for _, X in problem.inputs():
-            part = X[..., rows]
-            H += (part.mT @ part).double()
+        H = problem.gram()[:, rows][..., rows]
         diagonal = H.diagonal(dim1=-2, dim2=-1)
         diagonal += torch.where(diagonal == 0, 1, 0) + self.damping * diagonal.mean(-1, keepdim=True)
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(H))
         return torch.linalg.cholesky(inverse, upper=True).to(problem.W)
-
-
-def _answer(problem: LayerProblem, W: Tensor) -> Solution:
-    """A solution that claims nothing but its weights."""
-    whole = torch.zeros(problem.batch, dtype=torch.long, device=W.device)
-    unknown = W.new_full(problem.batch, torch.nan)
-    return Solution(W, whole + Status.CONVERGED, whole, unknown, unknown, unknown, unknown, unknown)

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_nettrim.problem import LayerProblem
+from lightning_nettrim.prox import project_responses
 from lightning_nettrim.solvers.base import coarse_products
+from lightning_nettrim.sums import norm
 
 DAMPING = 1e-7
 """Ridge of the normal equations relative to the mean diagonal of XᵀX; above 1e-6 it costs accuracy."""
@@ -70,15 +72,15 @@ def refit(
 
 def distance(problem: LayerProblem, W: Tensor) -> Tensor:
     """``(*batch, 1, 1)``: dist(XW, K)."""
-    return torch.linalg.matrix_norm(_residual(problem, problem.X.to(W.device) @ W), keepdim=True)
+    far = W.new_zeros(())
+    for _, part in problem.blocks():
+        far = torch.hypot(far, norm(_residual(part, part.X @ W)))
+    return far
 
 
 def _residual(problem: LayerProblem, XW: Tensor) -> Tensor:
     """``(*batch, P, M)``: Π_K(XW) − XW."""
-    if problem.Omega is None:
-        return problem.Y - XW
-    above = (-XW if problem.V is None else problem.V - XW).clamp_(max=0)
-    return torch.where(problem.Omega, problem.Y - XW, above)
+    return project_responses(problem, XW) - XW
 
 
 def _descend(problem: LayerProblem, W: Tensor, XW: Tensor, D: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
