@@ -1,27 +1,19 @@
-"""Capture: what each layer sees and answers on held inputs, and which layers a ReLU follows."""
+"""Capture: what each layer sees and answers on held inputs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from lightning_nettrim.layers import rows
+from lightning_nettrim.flow import BATCH_NORMS, Flow, Point, Tracer
+from lightning_nettrim.layers import Layer, Seen
 from lightning_nettrim.sample import Inputs, Reservoir, forward
-
-
-@dataclass(frozen=True)
-class Flow:
-    """How one layer is used in a forward pass: how often, and whether a ReLU is all that its output meets."""
-
-    calls: int
-    relu: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,190 +21,258 @@ class Tape:
     """What the hooks of one layer recorded.
 
     Attributes:
-        X: ``(P, N)`` inputs, without the bias column; ``None`` where only outputs were asked for.
-        Z: ``(P, M)`` outputs before any activation; ``None`` where only inputs were asked for.
+        X: ``(P, groups·N)`` inputs, without the bias column; ``None`` where only outputs were asked for.
+        Z: ``(P, groups·M)`` outputs before anything that follows; ``None`` where only inputs were asked for.
+        R: ``(P, groups·M)`` what a residual sum adds to them; ``None`` where there is none.
         seen: rows that flowed through the layer, of which P were kept.
     """
 
     X: Tensor | None
     Z: Tensor | None
+    R: Tensor | None
     seen: int
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """A `with` in which the model is in evaluation mode; every module's own mode is put back."""
+    """A `with` in which the model is in evaluation mode, on the paths that hooks see; every mode is put back."""
     modes = [(module, module.training) for module in model.modules()]
+    fast = torch.backends.mha.get_fastpath_enabled()
     model.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         with torch.inference_mode(False), torch.no_grad():
             yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for module, training in modes:
             module.training = training
 
 
 class _Enough(BaseException):
-    """Raised by a hook to end a forward pass whose remainder nobody asked for."""
+    """Raised to end a forward pass whose remainder nobody asked for."""
+
+
+@contextmanager
+def listening(
+    layers: Mapping[str, Layer], tell: Callable[[str, Layer, tuple[Any, ...], dict[str, Any], Any], None]
+) -> Iterator[None]:
+    """A `with` in which each call of a layer, or of a partner of it, is told."""
+
+    def hook(name: str, user: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
+        return lambda module, args, kwargs, output: tell(name, user, args, kwargs, output)
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            for user in (layer, *layer.partners):
+                handle = user.module.register_forward_hook(hook(name, user), with_kwargs=True)
+                stack.callback(handle.remove)
+        yield
 
 
 def record(
     model: nn.Module,
-    layers: Mapping[str, nn.Linear],
+    layers: Mapping[str, Layer],
     batches: Iterable[Inputs],
     *,
+    flows: Mapping[str, Flow] | None = None,
     inputs: bool = True,
     outputs: bool = True,
     num_samples: int,
     seed: int,
-    stop_after: int | None = None,
+    stop: bool = False,
 ) -> dict[str, Tape]:
     """Replay held batches and keep a bounded sample of what each layer sees and answers.
 
-    Rows that pass a layer are chosen by their number in the stream alone: two recordings of one layer over the same
-    batches hold the same rows, whatever weights the model has by then.
+    Positions that pass a layer are chosen by their number in the stream alone: two recordings of one layer over the
+    same batches hold the same rows, whatever weights the model has by then. Only chosen ones are laid out as rows.
 
     Args:
         model: the model, in evaluation mode.
         layers: ``{name: layer}`` to record.
         batches: what `hold` returned.
+        flows: how the layers are used; without them no residual sums are recorded.
         inputs: record X.
         outputs: record Z.
         num_samples: rows kept per layer at most.
         seed: of the sample.
-        stop_after: calls of recorded layers after which the rest of a forward pass is skipped; ``None`` runs it all.
+        stop: skip the rest of a forward pass once all layers were called as often as their flows say.
 
     Returns:
         ``{name: Tape}``, for the layers that were reached.
+
+    Raises:
+        ValueError: if a residual sum of a flow is not met.
     """
     reservoirs = {name: Reservoir(num_samples, seed) for name in layers}
-    calls = 0
+    sums = {name: flows[name].sums if flows else 0 for name in layers}
+    waiting: dict[str, list[_Waiting]] = {name: [] for name in layers}
+    expected = sum(flows[name].calls for name in layers) if flows and stop else 0
+    finished = 0
 
-    def listen(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Tensor], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-            nonlocal calls
-            x = args[0] if args else kwargs["input"]
-            X = rows(layers[name], x) if inputs else None
-            Z = output.detach().reshape(-1, output.shape[-1]) if outputs else None
-            reservoirs[name].offer([t for t in (X, Z) if t is not None])
-            calls += 1
-            if calls == stop_after:
-                raise _Enough
+    def finish(name: str, call: _Waiting) -> None:
+        nonlocal finished
+        reservoirs[name].keep(call.keys, [t for t in (call.X, call.Z, call.R) if t is not None])
+        finished += 1
+        if finished == expected:
+            raise _Enough
 
-        return hook
+    def listen(name: str, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        seen = layer.see(args, kwargs, output)
+        chosen, keys = reservoirs[name].pick(seen.count)
+        call = _Waiting(layer, chosen, keys, sums[name])
+        call.X = seen.inputs(chosen) if inputs else None
+        call.Z = seen.outputs(chosen) if outputs else None
+        if not call.sums:
+            finish(name, call)
+        else:
+            assert seen.tensor is not None
+            waiting[name].append(call)
+            tracer.follow(seen.tensor, name, call, layer.channels(seen.tensor))
 
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(listen(name), with_kwargs=True).remove)
+    def summed(name: str, call: _Waiting, other: Tensor) -> None:
+        R = call.layer.lay(other, call.chosen)
+        call.R = R if call.R is None else call.R + R
+        call.sums -= 1
+        if not call.sums:
+            waiting[name].remove(call)
+            finish(name, call)
+
+    tracer = Tracer(model, summed)
+    with listening(layers, listen), tracer if any(sums.values()) else ExitStack():
         for batch in batches:
-            calls = 0
+            finished = 0
             try:
                 forward(model, batch)
             except _Enough:
-                continue
-    tapes = {}
-    for name, reservoir in reservoirs.items():
-        if reservoir.seen:
-            columns = [torch.cat(parts) for parts in zip(*reservoir.chunks(), strict=True)]
-            X, Z = columns if inputs and outputs else (columns[0], None) if inputs else (None, columns[0])
-            tapes[name] = Tape(X, Z, reservoir.seen)
-    return tapes
+                pass
+            finally:
+                tracer.forget()
+            for name, calls in waiting.items():
+                if calls:
+                    raise ValueError(f"{name}: expected the residual sum that follows it in other batches, met none")
+    return {
+        name: _tape(reservoir, inputs, outputs, sums[name] > 0)
+        for name, reservoir in reservoirs.items()
+        if reservoir.seen
+    }
 
 
-def watch(model: nn.Module, layers: Mapping[str, nn.Linear], batch: Inputs) -> dict[str, Flow]:
-    """Let one batch flow and see, for each layer reached, in order of first execution, what its output meets.
+@dataclass(frozen=True)
+class Course:
+    """What `watch` saw.
 
-    A layer is followed by a ReLU if every operation that reads its output is one (a module, a function, a method, in
-    place or not, or a clamp at zero), perhaps behind views, copies or an inactive dropout. A layer whose output is read
-    by anything else, or returned by the model, is a linear response.
+    Attributes:
+        flows: of the layers that were reached, in order of first execution.
+        unusable: why the calls of the others that were reached are not their weights times what they see.
+        norms: the BatchNorms with running statistics, in order of first execution, each with the layer that was last
+            called before it.
+    """
+
+    flows: dict[str, Flow]
+    unusable: dict[str, str]
+    norms: dict[str, str | None]
+
+
+def watch(model: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Inputs]) -> Course:
+    """Let held batches flow and see what each layer's output meets, in order of first execution.
+
+    A call is followed through a BatchNorm with running statistics, residual sums and max-pooling to a rectifier, as
+    long as nothing else reads what lies between; where the calls of a layer meet different things, or it is returned,
+    its response is linear. A BatchNorm that others go through as well is not followed.
 
     Raises:
-        ValueError: if the model does not take the batch.
+        ValueError: if the model does not take a batch.
     """
-    watcher = _Watcher()
-    order: dict[str, int] = {}
+    tracer = Tracer(model)
+    points: dict[str, list[Point]] = {}
+    flows: dict[str, list[Flow]] = {}
+    calls: dict[str, int] = {}
+    unusable: dict[str, str] = {}
+    passes: dict[str, int] = {}
+    behind: dict[str, str | None] = {}
+    last: str | None = None
 
-    def listen(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            order[name] = order.get(name, 0) + 1
-            watcher.follow(output, name)
+    def pass_by(name: str) -> Callable[[nn.Module, Any], None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            passes[name] = passes.get(name, 0) + 1
+            behind[name] = last
 
         return hook
 
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(listen(name)).remove)
+    def listen(name: str, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        nonlocal last
+        points.setdefault(name, [])
+        flows.setdefault(name, [])
         try:
-            with watcher:
-                result = forward(model, batch)
-        except Exception as error:
-            shapes = [tuple(leaf.shape) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
-            raise ValueError(
-                f"expected batches that {type(model).__name__}.forward takes, got inputs of shapes {shapes}, on which"
-                f" it raised {type(error).__name__}: {error}. Of a tuple the first element is passed, of a mapping the"
-                " entries that forward names: yield batches of that form"
-            ) from error
-    for leaf in tree_flatten(result)[0]:
-        if isinstance(leaf, Tensor):
-            watcher.met(leaf, "returned")
-    return {name: Flow(calls, watcher.uses.get(name) == {"relu"}) for name, calls in order.items()}
+            seen = layer.see(args, kwargs, output)
+            tensor = seen.tensor if _is_product(layer, seen) else None
+        except ValueError as error:
+            unusable[name] = str(error)
+            tensor = None
+        else:
+            if tensor is None and seen.tensor is not None:
+                unusable[name] = f"{layer.kind} answers something else than its weights times its inputs"
+        if tensor is None:
+            points[name].append(Point(name, None))
+        else:
+            points[name].append(tracer.follow(tensor, name, None, layer.channels(tensor)))
+        last = last if name in unusable else name
+
+    with listening(layers, listen), ExitStack() as stack:
+        for name, module in model.named_modules():
+            if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
+                stack.callback(module.register_forward_pre_hook(pass_by(name)).remove)
+        for batch in batches:
+            try:
+                with tracer:
+                    result = forward(model, batch)
+            except Exception as error:
+                shapes = [tuple(leaf.shape) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
+                raise ValueError(
+                    f"expected batches that {type(model).__name__}.forward takes, got inputs of shapes {shapes}, on"
+                    f" which it raised {type(error).__name__}: {error}. Of a tuple the first element is passed, of a"
+                    " mapping the entries that forward names: yield batches of that form"
+                ) from error
+            for leaf in tree_flatten(result)[0]:
+                if isinstance(leaf, Tensor):
+                    tracer.met(leaf, "returned")
+            for name, called in points.items():
+                calls[name] = max(calls.get(name, 0), len(called))
+                flows[name] += [point.flow() for point in called]
+                called.clear()
+            tracer.forget()
+    found = {}
+    for name, met in flows.items():
+        alike = all(flow.same(met[0]) for flow in met)
+        alone = met[0].norm is None or passes[met[0].norm] == len(met)
+        if name not in unusable:
+            found[name] = replace(met[0], calls=calls[name]) if alike and alone else Flow(calls[name])
+    return Course(found, unusable, behind)
 
 
-_SAME_VALUES = {
-    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t",
-    "contiguous", "clone", "detach", "alias", "dropout", "feature_dropout", "alpha_dropout", "to", "_to_copy",
-}  # fmt: skip
+def _is_product(layer: Layer, seen: Seen, positions: int = 16) -> bool:
+    """Whether some rows of inputs times the weights are the outputs, as far as the precision of the layer goes."""
+    some = torch.arange(min(positions, seen.count))
+    W, Z = layer.matrix(), layer.columns(seen.outputs(some))
+    X = layer.rows(seen.inputs(some), layer.bias is not None)
+    return not bool((X @ W - Z).norm() > 2e-2 * Z.norm() + 1e-6)
 
 
-class _Watcher(TorchDispatchMode):
-    """Follows tensors by identity through the operations of a forward pass."""
+@dataclass(eq=False)
+class _Waiting:
+    """A call whose rows are complete once so many sums were met."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.uses: dict[str, set[str]] = {}
-        self._followed: dict[int, tuple[Tensor, str]] = {}
-
-    def follow(self, tensor: Tensor, name: str) -> None:
-        """From now on, note what reads this tensor."""
-        self._followed[id(tensor)] = (tensor, name)
-
-    def met(self, tensor: Tensor, use: str) -> None:
-        """Note a use of a tensor, if it is followed."""
-        if id(tensor) in self._followed:
-            self.uses.setdefault(self._followed[id(tensor)][1], set()).add(use)
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and note it for the followed tensors that it reads."""
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        name = func._schema.name.removeprefix("aten::")
-        for leaf in tree_flatten((args, kwargs))[0]:
-            if not isinstance(leaf, Tensor) or id(leaf) not in self._followed:
-                continue
-            if name in _SAME_VALUES and isinstance(result, Tensor):
-                self.follow(result, self._followed[id(leaf)][1])
-            elif _is_relu(name, args, kwargs):
-                self.met(leaf, "relu")
-                if name.endswith("_"):
-                    self._forget_storage(leaf)
-            else:
-                self.met(leaf, name)
-        return result
-
-    def _forget_storage(self, tensor: Tensor) -> None:
-        """After an operation in place the memory holds responses, under whatever view."""
-        place = tensor.untyped_storage().data_ptr()
-        self._followed = {
-            key: (other, name)
-            for key, (other, name) in self._followed.items()
-            if other.untyped_storage().data_ptr() != place
-        }
+    layer: Layer
+    chosen: Tensor
+    keys: Tensor
+    sums: int
+    X: Tensor | None = None
+    Z: Tensor | None = None
+    R: Tensor | None = None
 
 
-def _is_relu(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    if name in ("relu", "relu_"):
-        return True
-    low = args[1] if len(args) > 1 else kwargs.get("min")
-    high = args[2] if len(args) > 2 else kwargs.get("max")
-    at_zero = isinstance(low, int | float) and low == 0
-    return at_zero and (name in ("clamp_min", "clamp_min_") or (name in ("clamp", "clamp_") and high is None))
+def _tape(reservoir: Reservoir, inputs: bool, outputs: bool, sums: bool) -> Tape:
+    columns = iter([torch.cat(parts) for parts in zip(*reservoir.chunks(), strict=True)])
+    X, Z, R = (next(columns) if asked else None for asked in (inputs, outputs, sums))
+    return Tape(X, Z, R, reservoir.seen)

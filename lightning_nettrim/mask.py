@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def swap(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy values into the model's parameters in place, all of them or none.
+    """Copy values into the model's parameters and buffers in place, all of them or none.
 
     Raises:
         ValueError: naming the parameter that is missing or of another shape; nothing has been written then.
@@ -20,9 +20,13 @@ def swap(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         parameter.copy_(values[name])
 
 
-def checked(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, nn.Parameter]:
-    """The model's parameters that ``values`` names, once every shape is seen to agree."""
-    parameters = dict(model.named_parameters())
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters()) | dict(model.named_buffers())
+
+
+def checked(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's parameters and buffers that ``values`` names, once every shape is seen to agree."""
+    parameters = _tensors(model)
     for name, value in values.items():
         got = tuple(parameters[name].shape) if name in parameters else None
         if got != tuple(value.shape):
@@ -31,8 +35,8 @@ def checked(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, nn.Para
 
 
 def copies(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """Copies of the named parameters."""
-    parameters = dict(model.named_parameters())
+    """Copies of the named parameters and buffers."""
+    parameters = _tensors(model)
     return {name: parameters[name].detach().clone() for name in names}
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 from torch import nn
 
-from lightning_nettrim.capture import Flow, evaluating, watch
-from lightning_nettrim.layers import per_layer_options, prunable
+from lightning_nettrim.capture import evaluating, watch
+from lightning_nettrim.flow import Flow
+from lightning_nettrim.layers import Layer, per_layer_options, prunable
 from lightning_nettrim.pattern import Pattern
 from lightning_nettrim.report import SkippedLayer
 from lightning_nettrim.sample import Inputs
@@ -64,14 +65,16 @@ class Budget:
 class Plan:
     """What `trim` is going to do: the layers in order of execution, each with its use and budget, and the rest.
 
-    ``shared`` are the layers without a budget of their own, over which an allocation spreads the common one.
+    ``shared`` are the layers without a budget of their own, over which an allocation spreads the common one. ``norms``
+    are the BatchNorms in order of execution, each with the pruned layer that ran last before it.
     """
 
-    layers: dict[str, nn.Linear]
+    layers: dict[str, Layer]
     flows: dict[str, Flow]
     budgets: dict[str, Budget]
     skipped: tuple[SkippedLayer, ...]
     shared: tuple[str, ...]
+    norms: dict[str, str | None]
 
 
 def override(common: Budget, options: Mapping[str, float | bool | str]) -> Budget:
@@ -162,7 +165,7 @@ def check_arguments(
     return common
 
 
-def budgets_of(layers: Mapping[str, nn.Linear], common: Budget, per_layer: Options | None) -> dict[str, Budget]:
+def budgets_of(layers: Mapping[str, Layer], common: Budget, per_layer: Options | None) -> dict[str, Budget]:
     """The budget of each layer.
 
     Raises:
@@ -171,7 +174,7 @@ def budgets_of(layers: Mapping[str, nn.Linear], common: Budget, per_layer: Optio
     budgets = {name: override(common, own) for name, own in per_layer_options(per_layer, layers).items()}
     for name, layer in layers.items():
         try:
-            Pattern(budgets[name].pattern).check(layer.in_features, layer.out_features)
+            Pattern(budgets[name].pattern).check(layer.inputs, layer.groups * layer.outputs)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
     return budgets
@@ -185,7 +188,7 @@ def choose(
     ignore: Sequence[str] | None = None,
     per_layer: Options | None = None,
 ) -> Plan:
-    """Choose the layers and see, on one held batch, in which order they run and what follows them.
+    """Choose the layers and see, on the held batches, in which order they run and what follows them.
 
     Raises:
         ValueError: for a layer, a batch or a key that cannot be used.
@@ -194,8 +197,12 @@ def choose(
     budgets = budgets_of(layers, common, per_layer)
     own = per_layer_options(per_layer, layers)
     with evaluating(model):
-        flows = watch(model, layers, batches[0])
-    skipped |= {name: "never called in the forward pass" for name in layers if name not in flows}
+        course = watch(model, layers, batches)
+    flows, unusable = course.flows, course.unusable
+    skipped |= unusable
+    skipped |= {
+        name: "never called in the forward pass" for name in layers if name not in flows and name not in unusable
+    }
     if not flows:
         raise ValueError(f"expected a layer that the forward pass reaches, got none of {', '.join(layers)}")
     return Plan(
@@ -204,6 +211,7 @@ def choose(
         {name: budgets[name] for name in flows},
         tuple(SkippedLayer(name, reason) for name, reason in skipped.items()),
         tuple(name for name in flows if not _own(own[name]) and Pattern(budgets[name].pattern).sparsity is None),
+        course.norms,
     )
 
 
@@ -212,14 +220,14 @@ def as_text(todo: Plan, budgets: Mapping[str, Budget]) -> str:
     layers = {
         name: {key: value for key in ("epsilon", "sparsity") if (value := getattr(budgets[name], key)) is not None}
         | {"pattern": budgets[name].pattern, "refit": budgets[name].refit}
-        | {"shape": list(layer.weight.shape), "follows": "ReLU" if todo.flows[name].relu else "linear"}
+        | {"shape": list(layer.parameter.shape), "follows": str(todo.flows[name])}
         for name, layer in todo.layers.items()
     }
     skipped = {layer.name: layer.reason for layer in todo.skipped}
     return yaml.safe_dump({"layers": layers, "skipped": skipped}, sort_keys=False)
 
 
-def read(path: str | Path, layers: Mapping[str, nn.Module]) -> dict[str, dict[str, Any]]:
+def read(path: str | Path, layers: Mapping[str, Layer]) -> dict[str, dict[str, Any]]:
     """The options of each layer in a plan's file, for `per_layer`; layers that it does not name are left alone.
 
     Raises:
@@ -233,9 +241,9 @@ def read(path: str | Path, layers: Mapping[str, nn.Module]) -> dict[str, dict[st
     for name, row in options.items():
         row.pop("follows", None)
         shape = row.pop("shape", None)
-        weight = getattr(layers.get(name), "weight", None)
-        if weight is None:
+        if name not in layers:
             raise ValueError(f"plan: expected layers of this model, got {name!r}: it has {', '.join(layers)}")
-        if shape is not None and shape != list(weight.shape):
-            raise ValueError(f"plan: {name}: expected shape {list(weight.shape)}, got {shape}: of another model?")
+        own = list(layers[name].parameter.shape)
+        if shape is not None and shape != own:
+            raise ValueError(f"plan: {name}: expected shape {own}, got {shape}: of another model?")
     return options

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_nettrim.pattern import Pattern
+from lightning_nettrim.rectifier import Rectifier
 from lightning_nettrim.sums import norm, over
 
 BLOCK = 2**22  # entries of the largest temporary of an evaluation, one problem's
@@ -18,10 +19,13 @@ BLOCK = 2**22  # entries of the largest temporary of an evaluation, one problem'
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
-    r"""min Σ λₙ|Wₙₘ|  s.t.  ‖(XW − Y)_Ω‖_F ≤ ε,  (XW)_Ωᶜ ≤ V_Ωᶜ.
+    r"""min Σ λₙ|Wₙₘ|  s.t.  ‖(XW + B − Y)_Ω‖_F ≤ ε,  (XW + B)_Ωᶜ ≤ V_Ωᶜ.
 
-    The layer answers ``Y = ReLU(XW)`` and Ω = {Y > 0}. A layer without a ReLU is the same program with Ω everywhere.
-    Sizes: ``P`` samples, ``N`` inputs, ``M`` outputs; any leading dimensions are a batch of independent problems.
+    The layer answers ``Y = ReLU(XW + B)`` and Ω = {Y > 0}; B is what others add to it, a residual sum, mostly nothing.
+    A layer without a ReLU is the same program with Ω everywhere. With another rectifier Ω is where it answers
+    faithfully; off Ω the ceiling is its lower bound, and where Y is its upper bound, that is a floor: XW + B ≥ Y. Below
+    a slope α an error counts α², for the methods that are not convex. Sizes: ``P`` samples, ``N`` inputs, ``M``
+    outputs; any leading dimensions are a batch of independent problems.
 
     Args:
         X: ``(*batch, P, N)`` layer inputs, one sample per row; a bias is a column of ones. It may stay on the CPU
@@ -31,10 +35,14 @@ class LayerProblem:
         epsilon: radius in the units of ``Y``: ``(*batch)`` for one ball, ``(*batch, M)`` for one per neuron.
             Beside ``sparsity`` it is the smallest radius for which the program is known to be feasible.
         Omega: ``(*batch, P, M)`` bool, where the trained layer fires; ``None`` for a linear response.
-        V: ``(*batch, P, M)`` ceiling off Ω; ``None`` is 0.
+        V: ``(*batch, P, M)`` ceiling (or floor) off Ω; ``None`` is the rectifier's bound, 0.
+        offset: ``(*batch, P, M)`` B; ``None`` is 0.
+        rectifier: what follows, unless ``Omega`` is ``None``.
         penalty: ``(N,)`` weights λ ≥ 0 of the ℓ1 norm, row by row; 0 is a free row (the bias), ``None`` is all ones.
         sparsity: fraction of zeros asked of the penalised rows, in [0, 1); ``None`` where ``epsilon`` decides.
         pattern: of those zeros.
+        groups: so many neighbours in the batch are the groups of one layer and share its zeros: their matrices, side by
+            side, are that layer's N inputs by groups·M outputs.
 
     References:
         Aghasi, Abdi, Romberg, "Fast Convex Pruning of Deep Neural Networks", SIAM J. Math. Data Sci. 2020, eq. (6).
@@ -46,9 +54,12 @@ class LayerProblem:
     epsilon: Tensor | None = None
     Omega: Tensor | None = None
     V: Tensor | None = None
+    offset: Tensor | None = None
+    rectifier: Rectifier = Rectifier()
     penalty: Tensor | None = None
     sparsity: float | None = None
     pattern: Pattern = Pattern()
+    groups: int = 1
 
     @property
     def batch(self) -> torch.Size:
@@ -64,22 +75,22 @@ class LayerProblem:
 
     @property
     def kept(self) -> int:
-        """Number of blocks of the pattern that ``sparsity`` keeps in each of its sets, in each problem of the batch."""
+        """Number of blocks of the pattern that ``sparsity`` keeps in each of its sets, in each layer of the batch."""
         return self.pattern.kept(self._sparsity, *self._prunable)
 
     @property
     def nonzeros(self) -> int:
-        """Number of penalised weights that ``sparsity`` keeps, in each problem of the batch."""
+        """Number of penalised weights that ``sparsity`` keeps, in each layer of the batch."""
         return self.pattern.nonzeros(self._sparsity, *self._prunable)
 
     @property
     def prunable(self) -> int:
-        """Number of penalised weights, in each problem of the batch."""
+        """Number of penalised weights, in each layer of the batch."""
         return math.prod(self._prunable)
 
     @property
     def _prunable(self) -> tuple[int, int]:
-        return int((self.weights > 0).sum()), self.Y.shape[-1]
+        return int((self.weights > 0).sum()), self.groups * self.Y.shape[-1]
 
     @property
     def _sparsity(self) -> float:
@@ -104,6 +115,22 @@ class LayerProblem:
             raise ValueError("expected a problem with an epsilon, got none: set epsilon=, in the units of Y")
         return self.epsilon
 
+    def choose(self, score: Tensor, kept: int) -> Tensor:
+        """``(batch, n, M)`` bool of some penalised rows of a flat batch: so many blocks of each set of the pattern."""
+        if self.groups == 1:
+            return self.pattern.choose(score, kept)
+        n, M = score.shape[-2:]
+        wide = score.reshape(-1, self.groups, n, M).transpose(1, 2).reshape(-1, n, self.groups * M)
+        chosen = self.pattern.choose(wide, kept)
+        return chosen.reshape(-1, n, self.groups, M).transpose(1, 2).reshape(score.shape)
+
+    def largest(self, score: Tensor) -> Tensor:
+        """``(*batch, 1, 1)``: the largest score in the layer of each problem."""
+        largest = score.amax((-2, -1), keepdim=True)
+        if self.groups == 1:
+            return largest
+        return largest.reshape(-1, self.groups).amax(-1, keepdim=True).expand(-1, self.groups).reshape(largest.shape)
+
     def flat(self) -> LayerProblem:
         """The same problems with exactly one batch dimension."""
         return self._each(lambda t: t.reshape(-1, *t.shape[len(self.batch) :]))
@@ -115,9 +142,8 @@ class LayerProblem:
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> LayerProblem:
         """The problem with every batched tensor changed."""
-        tensors = {
-            f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("penalty", "sparsity", "pattern")
-        }
+        names = ("X", "Y", "W", "epsilon", "Omega", "V", "offset")
+        tensors = {name: getattr(self, name) for name in names}
         changed: dict[str, Any] = {n: t if t is None else change(t) for n, t in tensors.items()}
         return replace(self, **changed)
 
@@ -142,7 +168,7 @@ class LayerProblem:
 
     def part(self, rows: slice) -> LayerProblem:
         """Some rows of the problem, X where the rest is."""
-        part: dict[str, Any] = {n: getattr(self, n) for n in ("Y", "Omega", "V")}
+        part: dict[str, Any] = {n: getattr(self, n) for n in ("Y", "Omega", "V", "offset")}
         part = {n: t if t is None else t[..., rows, :] for n, t in part.items()}
         return replace(self, X=self.X[..., rows, :].to(self.Y.device), **part)
 
@@ -156,21 +182,40 @@ class LayerProblem:
 
     @property
     def centre(self) -> Tensor:
-        """``(*batch, P, M)``: Y on Ω, the ceiling elsewhere."""
-        return self.Y if self.Omega is None else torch.where(self.Omega, self.Y, 0 if self.V is None else self.V)
+        """``(*batch, P, M)``: where XW has to be: Y on Ω, the ceiling or the floor elsewhere, both less the offset."""
+        C = self.Y
+        if self.Omega is not None and self.V is not None:
+            C = torch.where(self.Omega, C, self.V)
+        elif self.Omega is not None and self.rectifier.slope is not None:
+            C = C.clamp(min=0)
+        return C if self.offset is None else C - self.offset
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the rectifier has an upper bound, so that some constraints are floors."""
+        return self.Omega is not None and self.rectifier.high < math.inf
+
+    @property
+    def floors(self) -> Tensor:
+        """``(*batch, P, M)`` bool: where off Ω the trained layer is at its upper bound."""
+        return self.rectifier.high <= self.Y
 
     def on_Omega(self, R: Tensor) -> Tensor:
         """R_Ω, zero elsewhere."""
         return R if self.Omega is None else torch.where(self.Omega, R, 0)
 
     def off_Omega(self, R: Tensor) -> Tensor:
-        """R_Ωᶜ, zero elsewhere."""
-        return torch.zeros_like(R) if self.Omega is None else torch.where(self.Omega, 0, R)
+        """R_Ωᶜ with its sign turned at floors, so that what is positive is beyond the bound; zero elsewhere."""
+        if self.Omega is None:
+            return torch.zeros_like(R)
+        R = torch.where(self.Omega, 0, R)
+        return torch.where(self.floors, -R, R) if self.bounded else R
 
     def response(self, W: Tensor) -> Tensor:
-        """``(*batch, P, M)``: ReLU(XW), or XW for a linear response."""
+        """``(*batch, P, M)``: ReLU(XW + B), or XW + B for a linear response."""
         XW = torch.cat([X @ W for _, X in self.inputs()], -2)
-        return XW if self.Omega is None else XW.relu_()
+        U = XW if self.offset is None else XW.add_(self.offset)
+        return U if self.Omega is None else self.rectifier(U)
 
     def relative_error(self, W: Tensor) -> Tensor:
         """``(*batch)``: ‖response(W) − Y‖_F / ‖Y‖_F (over 1 where Y = 0)."""
@@ -208,7 +253,7 @@ class LayerProblem:
             price = torch.hypot(price, norm(part.on_Omega(dual), self.balls))
             excess = part.off_Omega(R).clamp_(min=0)
             above = torch.hypot(above, norm(excess))
-            worth = worth + over((-2, -1), torch.sum, excess.mul_(dual.clamp(max=0)))
+            worth = worth + over((-2, -1), torch.sum, excess.mul_(part.off_Omega(dual).clamp_(max=0)))
         excess = (ball - self.radius).clamp(min=0)
         worth = over((-2, -1), torch.sum, price * excess) - worth
         return (torch.maximum(norm(excess), above) / norm(self.radius))[..., 0, 0], worth[..., 0, 0]
@@ -216,8 +261,9 @@ class LayerProblem:
     def bound(self, nu: Tensor) -> Tensor:
         r"""``(*batch)``: a lower bound of the optimum from any dual guess ν, ``(*batch, P, M)``.
 
-        ⟨ν_Ω, Y_Ω⟩ − ε‖ν_Ω‖ + ⟨ν_Ωᶜ, V_Ωᶜ⟩ ≤ min Σ λₙ|Wₙₘ| whenever |Xᵀν| ≤ λ and ν ≤ 0 off Ω. The guess is made
-        feasible: clipped off Ω, shifted on Ω until Xᵀν vanishes on free rows, then scaled column by column.
+        ⟨ν_Ω, Y_Ω⟩ − ε‖ν_Ω‖ + ⟨ν_Ωᶜ, V_Ωᶜ⟩ ≤ min Σ λₙ|Wₙₘ| whenever |Xᵀν| ≤ λ and ν ≤ 0 off Ω (≥ 0 at
+        floors). The guess is made feasible: clipped off Ω, shifted on Ω until Xᵀν vanishes on free rows, then scaled
+        column by column.
         """
         lam = self.weights
         free = (lam == 0).squeeze(-1)
@@ -236,7 +282,12 @@ class LayerProblem:
     def _clip(self, nu: Tensor, free: Tensor, shift: Tensor | None = None) -> Tensor:
         """ν clipped off Ω and moved on Ω by the shift along the free inputs."""
         moved = nu if shift is None else nu - self.X[..., free] @ shift
-        return moved if self.Omega is None else torch.where(self.Omega, moved, nu.clamp(max=0))
+        if self.Omega is None:
+            return moved
+        within = nu.clamp(max=0)
+        if self.bounded:
+            within = torch.where(self.floors, nu.clamp(min=0), within)
+        return torch.where(self.Omega, moved, within)
 
     def _balance(self, nu: Tensor, free: Tensor) -> tuple[Tensor, Tensor]:
         """The least shift on Ω, ``(*batch, F, M)``, after which Xᵀν = 0 on the F free rows, and where there is one."""
@@ -260,12 +311,12 @@ class LayerProblem:
         P, N = self.X.shape[-2:]
         if self.Omega is not None or P <= N + 1:
             return self
-        joint = torch.cat([self.X, self.Y.to(self.X.device)], -1)
+        joint = torch.cat([self.X, self.centre.to(self.X.device)], -1)
         R = torch.linalg.qr(joint, mode="r").R.to(self.Y.device)
         A, B, C = R[..., :N, :N], R[..., :N, N:], R[..., N:, N:]
         X = torch.cat([A, torch.zeros_like(A[..., :1, :])], -2)
         Y = torch.cat([B, torch.linalg.vector_norm(C, dim=-2, keepdim=True)], -2)
-        return replace(self, X=X, Y=Y)
+        return replace(self, X=X, Y=Y, offset=None)
 
     def validate(self) -> LayerProblem:
         """The problem itself, once its shapes, dtypes and values are seen to be usable.
@@ -281,6 +332,7 @@ class LayerProblem:
             "epsilon": (tuple(batch), (*batch, M)),
             "Omega": ((*batch, P, M),),
             "V": ((*batch, P, M),),
+            "offset": ((*batch, P, M),),
             "penalty": ((N,),),
         }
         for name, shapes in expected.items():
@@ -304,6 +356,8 @@ class LayerProblem:
             raise ValueError(f"X: expected float32 or float64, got {self.X.dtype}: convert the problem first")
         if P == 0:
             raise ValueError("X: expected at least one sample, got none: feed some batches")
+        if math.prod(batch) % self.groups:
+            raise ValueError(f"groups: expected a divisor of the batch {tuple(batch)}, got {self.groups}")
         if self.epsilon is None and self.sparsity is None:
             raise ValueError("expected an epsilon or a sparsity, got neither: set one")
         if self.epsilon is not None and not bool((self.epsilon > 0).all()):

@@ -19,19 +19,22 @@ def reflect_relu_ball(
     radius: Tensor,
     Omega: Tensor | None = None,
     balls: tuple[int, ...] = (-2, -1),
+    floors: Tensor | None = None,
     *,
     out: Tensor | None = None,
     work: Tensor | None = None,
 ) -> Tensor:
-    """D − 2·argmin_Z ‖Z − D‖  s.t.  ‖Z_Ω‖ ≤ radius over the dimensions ``balls``,  Z_Ωᶜ ≤ 0.
+    """D − 2·argmin_Z ‖Z − D‖  s.t.  ‖Z_Ω‖ ≤ radius over the dimensions ``balls``,  Z_Ωᶜ ≤ 0 (≥ 0 at floors).
 
-    It is (1 − 2 min(1, radius/‖D_Ω‖))·D on Ω and |D| elsewhere; the projection itself is half of D less it.
+    It is (1 − 2 min(1, radius/‖D_Ω‖))·D on Ω and |D| elsewhere, −|D| at floors; the projection itself is half of D less
+    it.
 
     Args:
         D: ``(*batch, P, M)`` point, measured from the centre of the ball on Ω and from the ceiling elsewhere.
         radius: ``(*batch, 1, 1)`` or ``(*batch, 1, M)``.
         Omega: ``(*batch, P, M)`` bool; ``None`` is everywhere.
         balls: dimensions over which one ball reaches.
+        floors: ``(*batch, P, M)`` bool, off Ω; ``None`` is nowhere.
         out: where to write the answer.
         work: where to write what is needed on the way.
 
@@ -43,15 +46,29 @@ def reflect_relu_ball(
     shrink = 1 - 2 * torch.where(length > radius, radius / length, 1)
     if Omega is None:
         return torch.mul(D, shrink, out=out)
-    return torch.sub(D, on, out=out).abs_().addcmul_(on, shrink)
+    G = torch.sub(D, on, out=out).abs_()
+    if floors is not None:
+        G.mul_(1 - 2 * floors.to(G.dtype))
+    return G.addcmul_(on, shrink)
 
 
 def project_responses(problem: LayerProblem, XW: Tensor) -> Tensor:
-    """argmin_Z ‖Z − XW‖  s.t.  Z_Ω = Y_Ω,  Z_Ωᶜ ≤ V_Ωᶜ: what answers, after the ReLU, as the trained layer does."""
+    """argmin_Z ‖Z − XW‖  s.t.  Z_Ω = C_Ω, Z_Ωᶜ ≤ C_Ωᶜ (≥ at floors): what answers as the trained layer does.
+
+    C is the problem's centre. Below a slope α it is drawn towards the trained layer's own values by α², so that XW less
+    it is the gradient of ½‖(XW − C)_Ω‖² + ½α²‖(XW − Z)_Ωᶜ‖² + ½(1 − α²)‖(XW − C)₊‖²_Ωᶜ.
+    """
+    C = problem.centre
     if problem.Omega is None:
-        return problem.Y
-    ceiling = XW.clamp(max=0) if problem.V is None else torch.minimum(XW, problem.V)
-    return torch.where(problem.Omega, problem.Y, ceiling)
+        return C
+    T = torch.where(problem.Omega, C, torch.minimum(XW, C))
+    if problem.bounded:
+        T = torch.where(problem.floors, torch.maximum(XW, C), T)
+    if (slope := problem.rectifier.slope) is not None:
+        Z = problem.Y / slope.clamp(min=1e-12)
+        Z = Z if problem.offset is None else Z - problem.offset
+        T = torch.where(problem.Omega, T, T.lerp(Z, slope.square().expand_as(T)))
+    return T
 
 
 def project_pattern(problem: LayerProblem, S: Tensor, score: Tensor | None = None) -> Tensor:
@@ -68,9 +85,9 @@ def project_pattern(problem: LayerProblem, S: Tensor, score: Tensor | None = Non
     part, trained = S[..., penalised, :], problem.W[..., penalised, :]
     score = part.square() if score is None else score[..., penalised, :]
     tiny = torch.finfo(S.dtype).tiny
-    tie = trained.square() / trained.square().amax((-2, -1), keepdim=True).clamp(min=tiny)
-    score = score / score.amax((-2, -1), keepdim=True).clamp(min=tiny) + 1e-12 * tie
-    chosen = problem.pattern.choose(score, problem.kept)
+    tie = trained.square() / problem.largest(trained.square()).clamp(min=tiny)
+    score = score / problem.largest(score).clamp(min=tiny) + 1e-12 * tie
+    chosen = problem.choose(score, problem.kept)
     answer = S.clone()
     answer[..., penalised, :] = torch.where(chosen, torch.where(part == 0, trained, part), 0)
     return answer

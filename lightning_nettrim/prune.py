@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nettrim import mask
+from lightning_nettrim import mask, norms
 from lightning_nettrim.allocate import Curve
-from lightning_nettrim.capture import evaluating
-from lightning_nettrim.layers import matrix, parameters_of, with_bias
+from lightning_nettrim.capture import Tape, evaluating
+from lightning_nettrim.fold import Fold
+from lightning_nettrim.layers import Layer, joined
 from lightning_nettrim.pattern import Pattern
 from lightning_nettrim.plan import Budget, Plan
 from lightning_nettrim.problem import LayerProblem
+from lightning_nettrim.rectifier import Rectifier
 from lightning_nettrim.report import LayerReport, TrimResult
 from lightning_nettrim.sample import Inputs
 from lightning_nettrim.signals import Signals
@@ -52,6 +54,7 @@ class Pruner:
         seed: of that sample.
         penalize_bias: let biases be pruned like weights.
         importance: ``"outgoing"`` or ``"equal"``, what a neuron's error counts in `Cardinality`.
+        recalibrate: re-estimate the running statistics of BatchNorms.
     """
 
     def __init__(
@@ -65,39 +68,50 @@ class Pruner:
         seed: int,
         penalize_bias: bool,
         importance: str,
+        recalibrate: bool,
     ) -> None:
         self.model, self.todo, self.scheme, self.solver, self.penalize_bias = model, todo, scheme, solver, penalize_bias
-        self.signals = Signals(model, todo, held, num_samples, seed)
-        self.original = {name: matrix(layer) for name, layer in todo.layers.items()}
-        self.dense = {
-            parameter: value.clone()
-            for name, layer in todo.layers.items()
-            for parameter, value in parameters_of(name, layer, self.original[name]).items()
+        self.folds = {
+            name: Fold.of(layer, todo.flows[name], model, penalize_bias) for name, layer in todo.layers.items()
         }
+        self.signals = Signals(model, todo, self.folds, held, num_samples, seed)
+        self._norms = [name for name, layer in todo.norms.items() if layer is not None] if recalibrate else []
+        written = {key for fold in self.folds.values() for key in fold.written}
+        own = {key for name in self._norms for key, _ in _state(model, name)}
+        self.dense = mask.copies(model, sorted(written | own))
         self._last = next(reversed(todo.layers))
         self._curves: dict[str, Curve] = {}
         self._states: dict[str, Any] = {}  # of the last solve on a layer's trained signal
         self._current = "choosing budgets"
         with evaluating(model):
             self.trained = self.signals.answers()
-            self._reading = self.signals.importance(self.original) if importance == "outgoing" else {}
+            self._reading = self.signals.importance(self.weights()) if importance == "outgoing" else {}
 
     @property
     def prunable(self) -> list[str]:
         """Names of the parameters that may get zeros."""
-        return [name for name in self.dense if self.penalize_bias or name.endswith("weight")]
+        names = []
+        for layer in self.todo.layers.values():
+            own = [layer.weight, *([layer.bias] if layer.bias is not None and self.penalize_bias else [])]
+            names += [joined(layer.path, key) for key in own]
+        return names
 
     def sizes(self) -> dict[str, int]:
         """Prunable weights of each layer."""
-        return {name: self._weights(name).numel() for name in self.todo.layers}
+        parameters = dict(self.model.named_parameters())
+        sizes = dict.fromkeys(self.todo.layers, 0)
+        for name, layer in self.todo.layers.items():
+            own = [layer.weight, *([layer.bias] if layer.bias is not None and self.penalize_bias else [])]
+            sizes[name] = sum(parameters[joined(layer.path, key)].numel() for key in own)
+        return sizes
 
     def weights(self) -> dict[str, Tensor]:
-        """The prunable weights of each layer, as trained."""
-        return {name: self._weights(name) for name in self.todo.layers}
+        """``{name: (groups, N, M)}``: the prunable weights of each layer, as trained."""
+        return {name: self._weights(layer) for name, layer in self.todo.layers.items()}
 
-    def _weights(self, name: str) -> Tensor:
-        rows = len(self.original[name]) if self.penalize_bias else self.todo.layers[name].in_features
-        return self.original[name][:rows]
+    def _weights(self, layer: Layer) -> Tensor:
+        W = layer.matrix()
+        return W if self.penalize_bias else W[:, : layer.inputs]
 
     def restore(self, values: Mapping[str, Tensor] | None = None) -> None:
         """Put the trained weights back, or those of a snapshot."""
@@ -123,37 +137,45 @@ class Pruner:
             self.restore()
             for name, layer in self.todo.layers.items():
                 self._current, began = f"solving {name}", time.perf_counter()
-                tapes = self.signals.tapes(before, name)
-                X, Y = self.signals.inputs(name, tapes[name]), self.trained[name]
+                chained &= self._plain(name)
+                tapes = self.signals.tapes(*([before] if chained and before is not None else []), name)
                 trained_signal = self.scheme == "parallel" or before is None
-                problem = self.pose(name, X, Y, budgets[name], trained_signal)
-                solution, W = self._solve(name, problem, budgets[name], trained_signal)
-                pruned |= parameters_of(name, layer, W)
+                problem = self.pose(name, tapes[name], budgets[name], trained_signal)
+                solution, W, values = self._solve(name, problem, budgets[name], trained_signal)
+                pruned |= values
                 if self.scheme == "cascade":
-                    mask.swap(self.model, parameters_of(name, layer, W))
-                chained &= before is None or self.signals.feeds(before, tapes[before], tapes[name])
-                signal = X if before is None else with_bias(layer, self.trained[before]) if chained else None
-                if signal is not None:
-                    errors[name] = _length(replace(problem, X=signal).response(W) - Y)
-                reports.append(_report(name, layer, problem, solution, W, time.perf_counter() - began))
+                    mask.swap(self.model, values)
+                    self._recalibrate(budgets, name)
+                if chained and before is not None:
+                    chained = self.signals.feeds(before, tapes[before], tapes[name])
+                if chained:
+                    signal = problem.X if before is None else self.folds[name].rows(self.trained[before][0])
+                    errors[name] = _length(replace(problem, X=signal).response(W) - problem.Y)
+                zeros = self._zeros(layer, values)
+                reports.append(_report(layer, problem, solution, W, zeros, time.perf_counter() - began))
                 if tell is not None:
                     tell(reports[-1])
                 before = name
             self._current = "measuring the pruned network"
-            mask.swap(self.model, pruned)
+            if self.scheme == "parallel":
+                mask.swap(self.model, pruned)
+                for name in self.todo.layers:
+                    self._recalibrate(budgets, name)
+            kept = [name for name in self._norms if self._is_part(budgets, name)]
+            mask.swap(self.model, norms.moved(self.model, kept, self.signals.held))
             answers = self.signals.answers()
         distances = {name: _length(answers[name] - self.trained[name]) for name in answers}
-        norms = {name: _length(self.trained[name]) for name in self.trained}
+        sizes = {name: _length(self.trained[name]) for name in self.trained}
         parameters = dict(self.model.named_parameters())
         return TrimResult(
-            reports=tuple(replace(r, discrepancy=distances[r.name] / (norms[r.name] or 1.0)) for r in reports),
+            reports=tuple(replace(r, discrepancy=distances[r.name] / (sizes[r.name] or 1.0)) for r in reports),
             skipped=self.todo.skipped,
             masks={name: parameters[name].detach() != 0 for name in self.prunable},
             sparsity=mask.sparsity({name: parameters[name] for name in self.prunable}),
             model_sparsity=mask.sparsity(parameters),
             discrepancy=distances[self._last],
             discrepancy_bound=_discrepancy_bound(errors, pruned, self.todo) if chained else None,
-            response_norm=norms[self._last],
+            response_norm=sizes[self._last],
             seconds=time.perf_counter() - start,
         )
 
@@ -167,65 +189,93 @@ class Pruner:
             scale = _length(trained) or 1.0
             for name in missing:
                 self._current = f"measuring the curve of {name}"
-                layer, budget = self.todo.layers[name], self.todo.budgets[name]
-                X = self.signals.inputs(name, self.signals.tapes(None, name)[name])
+                fold, budget = self.folds[name], self.todo.budgets[name]
+                tape = self.signals.tapes(name)[name]
                 state, points = self._states.get(name), []
                 for density in DENSITIES:
                     asked = replace(budget, sparsity=1 - density, epsilon=None)
-                    problem = self.pose(name, X, self.trained[name], asked, True)
+                    problem = self.pose(name, tape, asked, True)
                     if not problem.nonzeros:
                         continue
                     solution = self._weighed(name, problem, QUICK, state)
                     state = solution.state
                     W = refit(problem, solution.W, steps=2, inner=8)
-                    mask.swap(self.model, parameters_of(name, layer, W))
+                    mask.swap(self.model, fold.parameters(W))
                     answer = probe.answers(self._last)[self._last]
                     effect = _length(answer - trained) / scale
-                    points.append((problem.nonzeros, float(problem.relative_error(W)), effect))
-                mask.swap(self.model, parameters_of(name, layer, self.original[name]))
+                    points.append((problem.nonzeros, relative_error(problem, W), effect))
+                mask.swap(self.model, self._trained_values(name))
                 if self.scheme == "parallel" or name == next(iter(self.todo.layers)):
                     self._states[name] = state
-                points = [*dict((p[0], p) for p in points).values(), (self._weights(name).numel(), 0.0, 0.0)]
+                points = [*dict((p[0], p) for p in points).values(), (self.sizes()[name], 0.0, 0.0)]
                 self._curves[name] = Curve(*(tuple(column) for column in zip(*points, strict=True)))
         return {name: self._curves[name] for name in names}
 
-    def pose(self, name: str, X: Tensor, Y: Tensor, wanted: Budget, trained_signal: bool) -> LayerProblem:
-        """One layer's program: parallel on the trained signal, else the cascade's.
+    def pose(self, name: str, tape: Tape, wanted: Budget, trained_signal: bool) -> LayerProblem:
+        """One layer's program, behind what follows it: parallel on the trained signal, else the cascade's.
 
         For the convex program, of which the trained weights must stay feasible, the cascade asks ε² ≥ γ‖(XW − Y)_Ω‖²
         and takes V = max(XW, 0) for its ceiling: what is below zero off Ω is zero after the ReLU, so the paper's V = XW
-        would only forbid answers that are as good. Other methods answer as the trained layer did.
+        would only forbid answers that are as good. Other methods answer as the trained layer did. A slope has no place
+        in the convex program: there the response is linear.
+
+        Raises:
+            ValueError: if the layer was not called as often as in the trained network.
         """
-        layer, W = self.todo.layers[name], self.original[name]
-        free = layer.bias is not None and not self.penalize_bias
+        fold, Y = self.folds[name], self.trained[name]
+        X, offset = self.signals.inputs(name, tape), self.signals.offset(name, tape)
+        if X.shape[1] != Y.shape[1]:
+            raise ValueError(
+                f"{name}: expected to be called as in the trained network, on {Y.shape[1]} rows, got {X.shape[1]}: the"
+                " data decide whether it is called; ignore it, or set scheme='parallel'"
+            )
+        convex, rectifier = self.solver_of(wanted).convex, fold.rectifier
+        if convex and rectifier is not None and rectifier.slope is not None:
+            Y, rectifier = torch.where(Y > 0, Y, Y / rectifier.slope.clamp(min=1e-12)), None
         problem = LayerProblem(
             X,
             Y,
-            W,
+            fold.matrix(),
             sparsity=wanted.sparsity,
-            Omega=Y > 0 if self.todo.flows[name].relu else None,
-            penalty=torch.cat([X.new_ones(layer.in_features), X.new_zeros(1)]) if free else None,
+            Omega=None if rectifier is None else rectifier.inside(Y),
+            rectifier=rectifier or Rectifier(),
+            offset=None if offset is None else offset.expand_as(Y),
+            penalty=torch.cat([X.new_ones(fold.layer.inputs), X.new_zeros(1)]) if fold.free else None,
             pattern=Pattern(wanted.pattern),
+            groups=fold.layer.groups,
         )
         norm = torch.linalg.matrix_norm(Y)
         radius = (wanted.epsilon or 1e-3) * torch.where(norm > 0, norm, 1)
-        if not self.solver_of(wanted).convex:
+        if not convex:
             return replace(problem, epsilon=radius)
-        XW = X @ W
-        missed = torch.linalg.matrix_norm(problem.on_Omega(XW - Y)) * GAMMA**0.5
-        ceiling = None if trained_signal or problem.Omega is None else XW.clamp(min=0)
+        U = X @ problem.W if problem.offset is None else X @ problem.W + problem.offset
+        missed = torch.linalg.matrix_norm(problem.on_Omega(U - Y)) * GAMMA**0.5
+        ceiling = None
+        if not trained_signal and rectifier is not None:
+            ceiling = torch.where(problem.floors, U.clamp(max=rectifier.high), U.clamp(min=rectifier.low))
         return replace(problem, epsilon=torch.maximum(radius, missed), V=ceiling)
 
     def solver_of(self, wanted: Budget) -> Solver:
         """The method for a budget."""
         return method(self.solver, wanted.epsilon)
 
-    def _solve(self, name: str, problem: LayerProblem, wanted: Budget, trained_signal: bool) -> tuple[Solution, Tensor]:
-        """The solution, and its weights after the refit towards the trained responses themselves."""
+    def _solve(
+        self, name: str, problem: LayerProblem, wanted: Budget, trained_signal: bool
+    ) -> tuple[Solution, Tensor, dict[str, Tensor]]:
+        """The solution, its folded weights after the refit towards the trained responses, and them as parameters."""
+        fold, solver = self.folds[name], self.solver_of(wanted)
         if wanted.sparsity == 0:
-            return Solution.uncertified(problem.W), problem.W
-        solver = self.solver_of(wanted)
-        if wanted.epsilon is not None and not solver.convex:
+            return Solution.uncertified(problem.W), problem.W, self._trained_values(name)
+        if not solver.behind and wanted.epsilon is None:
+            own = fold.layer.matrix()
+            solution = solve(
+                replace(problem, X=problem.X[..., : own.shape[1]], W=own, penalty=self._penalty(fold, own)), solver
+            )
+            values = fold.layer.parameters(solution.W)
+            solution = replace(solution, W=fold.fold(solution.W))
+            if not wanted.refit:
+                return solution, solution.W, values
+        elif wanted.epsilon is not None and not solver.convex:
             solution = fewest(problem, solver, wanted.refit)
         else:
             again = trained_signal and isinstance(solver, Cardinality)
@@ -233,17 +283,54 @@ class Pruner:
             if again:
                 self._states[name] = solution.state
         if not wanted.refit:
-            return solution, solution.W
+            return solution, solution.W, fold.parameters(solution.W)
         effort: dict[str, Any] = {} if solver.convex else {"inner": 10, "rtol": 3e-3}
-        return solution, refit(replace(problem, V=None), solution.W, **effort)
+        W = refit(replace(problem, V=None), solution.W, **effort)
+        return solution, W, fold.parameters(W)
+
+    def _penalty(self, fold: Fold, own: Tensor) -> Tensor | None:
+        """1 for the prunable rows of a layer's own matrices, 0 for a free bias."""
+        if fold.layer.bias is None or self.penalize_bias:
+            return None
+        return torch.cat([own.new_ones(fold.layer.inputs), own.new_zeros(1)])
 
     def _weighed(self, name: str, problem: LayerProblem, solver: Solver, state: Any) -> Solution:
         """Solve, with each neuron's error counted as what follows reads it: the ReLU commutes with positive factors."""
         factor = self._reading.get(name)
-        if factor is None or not isinstance(solver, Cardinality):
+        bounded = problem.Omega is not None and (problem.rectifier.low != 0 or problem.bounded)
+        if factor is None or bounded or not isinstance(solver, Cardinality):
             return solve(problem, solver, state)
-        solution = solve(replace(problem, Y=problem.Y * factor, W=problem.W * factor), solver, state)
+        offset = None if problem.offset is None else problem.offset * factor
+        solution = solve(replace(problem, Y=problem.Y * factor, W=problem.W * factor, offset=offset), solver, state)
         return replace(solution, W=solution.W / factor)
+
+    def _recalibrate(self, budgets: Mapping[str, Budget], layer: str) -> None:
+        """Re-estimate, one by one, the BatchNorms that run next after a layer and are no part of a solution."""
+        for name in self._norms:
+            if self.todo.norms[name] == layer and not self._is_part(budgets, name):
+                mask.swap(self.model, norms.reestimated(self.model, name, self.signals.held))
+
+    def _is_part(self, budgets: Mapping[str, Budget], norm: str) -> bool:
+        """Whether a layer was solved behind a BatchNorm, whose answers are right then and have to stay."""
+        return any(
+            flow.norm == norm and (self.solver_of(budgets[name]).behind or budgets[name].refit)
+            for name, flow in self.todo.flows.items()
+        )
+
+    def _trained_values(self, name: str) -> dict[str, Tensor]:
+        """The parameters of a layer, and of what follows it, as trained."""
+        return {key: self.dense[key] for key in self.folds[name].written}
+
+    def _plain(self, name: str) -> bool:
+        """Whether a layer is a matrix and a ReLU at most, for which errors are known to add up."""
+        flow = self.todo.flows[name]
+        relu = flow.rectifier is None or flow.rectifier.same(Rectifier())
+        return self.todo.layers[name].kind == "Linear" and flow.norm is None and not flow.sums and relu
+
+    def _zeros(self, layer: Layer, values: Mapping[str, Tensor]) -> int:
+        """Exact zeros among the prunable values of a layer, in its own precision."""
+        own = {joined(layer.path, layer.weight), joined(layer.path, layer.bias or "")} & set(self.prunable)
+        return sum(int((values[key].to(layer.parameter.dtype) == 0).sum()) for key in own)
 
     @contextmanager
     def saved(self) -> Iterator[None]:
@@ -259,14 +346,26 @@ class Pruner:
             raise
 
 
+def _state(model: nn.Module, norm: str) -> list[tuple[str, Tensor]]:
+    """The parameters and the running statistics of a BatchNorm, by name."""
+    module = model.get_submodule(norm)
+    statistics = [(key, value) for key, value in module.named_buffers() if key != "num_batches_tracked"]
+    return [(joined(norm, key), value) for key, value in [*module.named_parameters(), *statistics]]
+
+
 def method(solver: Solver | None, epsilon: float | None) -> Solver:
     """The solver that was asked for; else `Cardinality` or, at a radius, `ADMM`."""
     return solver or (Cardinality() if epsilon is None else ADMM())
 
 
+def relative_error(problem: LayerProblem, W: Tensor) -> float:
+    """‖response(W) − Y‖ / ‖Y‖ of a whole layer (over 1 where Y = 0)."""
+    return _length(problem.response(W) - problem.Y) / (_length(problem.Y) or 1.0)
+
+
 def _length(R: Tensor) -> float:
-    """‖R‖_F, summed in double precision."""
-    return float(torch.linalg.matrix_norm(R, dtype=torch.float64))
+    """‖R‖, summed in double precision."""
+    return float(torch.linalg.vector_norm(R, dtype=torch.float64))
 
 
 def _discrepancy_bound(errors: Mapping[str, float], pruned: Mapping[str, Tensor], todo: Plan) -> float:
@@ -276,38 +375,38 @@ def _discrepancy_bound(errors: Mapping[str, float], pruned: Mapping[str, Tensor]
     its ReLU not at all.
     """
     bound = 0.0
-    for name in todo.layers:
-        weight = pruned[f"{name}.weight" if name else "weight"].double()
+    for name, layer in todo.layers.items():
+        weight = pruned[joined(layer.path, layer.weight)].double()
         bound = bound * float(torch.linalg.matrix_norm(weight, 2)) + errors[name]
     return bound * (1 + 1e-5)
 
 
 def _report(
-    name: str, layer: nn.Linear, problem: LayerProblem, solution: Solution, W: Tensor, seconds: float
+    layer: Layer, problem: LayerProblem, solution: Solution, W: Tensor, zeros: int, seconds: float
 ) -> LayerReport:
     """The row of one layer, but for its discrepancy, which only the finished network shows."""
-    prunable_weights = W[(problem.weights > 0).squeeze(-1)].to(layer.weight.dtype)
-    zeros = prunable_weights.numel() - int(prunable_weights.count_nonzero())
-    norm = torch.linalg.matrix_norm(problem.Y)
+    prunable = problem.prunable
+    size = _length(problem.Y) or 1.0
 
     def known(value: Tensor) -> float | None:
         return float(value) if bool(value.isfinite()) else None
 
+    objective, bound = solution.objective.sum(), solution.bound.sum()
     return LayerReport(
-        name=name,
-        type=type(layer).__name__,
-        shape=tuple(layer.weight.shape),
-        sparsity=zeros / prunable_weights.numel(),
+        name=layer.name,
+        type=layer.kind,
+        shape=tuple(layer.parameter.shape),
+        sparsity=zeros / prunable,
         zeros=zeros,
-        relative_error=float(problem.relative_error(W)),
+        relative_error=relative_error(problem, W),
         discrepancy=float("nan"),
-        objective=known(solution.objective),
-        bound=known(solution.bound),
-        duality_gap=known(solution.gap),
-        violation=known(solution.violation),
-        epsilon=known(solution.epsilon / torch.where(norm > 0, norm, 1)),
+        objective=known(objective),
+        bound=known(bound),
+        duality_gap=known(solution.gap[0] if len(solution.gap) == 1 else (objective - bound) / objective),
+        violation=known(solution.violation.amax()),
+        epsilon=known(torch.linalg.vector_norm(solution.epsilon) / size),
         pattern=problem.pattern.name,
-        steps=int(solution.steps),
+        steps=int(solution.steps.amax()),
         seconds=seconds,
-        status=Status(int(solution.status)).name,
+        status=Status(int(solution.status.amax())).name,
     )

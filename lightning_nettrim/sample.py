@@ -28,18 +28,29 @@ class Reservoir:
         self._keys: list[Tensor] = []
         self._chunks: list[list[Tensor]] = []
 
-    def offer(self, tensors: Sequence[Tensor]) -> bool:
-        """Show rows that lie in several tensors of one length; returns whether any of them stays, for now."""
-        keys = torch.rand(len(tensors[0]), generator=self._generator, dtype=torch.float64)
-        self.seen += len(keys)
+    def pick(self, count: int) -> tuple[Tensor, Tensor]:
+        """Show so many rows; returns which of them stay, for now, and their keys, for `keep`."""
+        keys = torch.rand(count, generator=self._generator, dtype=torch.float64)
+        self.seen += count
         chosen = (keys < self._threshold).nonzero().squeeze(1)
-        if not len(chosen):
-            return False
-        self._keys.append(keys[chosen])
-        self._chunks.append([t.detach().index_select(0, chosen.to(t.device)) for t in tensors])
+        if len(chosen) > self.size:
+            chosen = (keys <= keys.kthvalue(self.size).values).nonzero().squeeze(1)
+        return chosen, keys[chosen]
+
+    def keep(self, keys: Tensor, tensors: Sequence[Tensor]) -> None:
+        """The rows that were picked, in several tensors of one length."""
+        if not len(keys):
+            return
+        self._keys.append(keys)
+        self._chunks.append([t.detach() for t in tensors])
         if sum(map(len, self._keys)) > 2 * self.size:
             self._shrink()
-        return True
+
+    def offer(self, tensors: Sequence[Tensor]) -> bool:
+        """Show rows that lie in several tensors of one length; returns whether any of them stays, for now."""
+        chosen, keys = self.pick(len(tensors[0]))
+        self.keep(keys, [t.index_select(0, chosen.to(t.device)) for t in tensors])
+        return len(chosen) > 0
 
     def chunks(self) -> list[list[Tensor]]:
         """The sample, one entry for each offer of which rows are left."""

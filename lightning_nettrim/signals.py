@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nettrim.capture import Tape, record
-from lightning_nettrim.layers import solve_dtype, with_bias
+from lightning_nettrim.fold import Fold
 from lightning_nettrim.plan import Plan
 from lightning_nettrim.sample import Inputs
 
@@ -21,6 +21,7 @@ class Signals:
     Args:
         model: the module.
         todo: which layers, how they are used.
+        folds: what follows each layer, as trained.
         held: what `hold` returned.
         num_samples: rows per layer at most.
         seed: of that sample.
@@ -28,6 +29,7 @@ class Signals:
 
     model: nn.Module
     todo: Plan
+    folds: Mapping[str, Fold]
     held: Sequence[Inputs]
     num_samples: int
     seed: int
@@ -37,54 +39,57 @@ class Signals:
         return replace(self, held=self.held[: max(1, len(self.held) * size // self.num_samples)])
 
     def answers(self, name: str | None = None) -> dict[str, Tensor]:
-        """``{name: (P, M)}``: the responses, after their ReLU, of one layer or of all."""
-        layers = self.todo.layers if name is None else {name: self.todo.layers[name]}
-        tapes = record(self.model, layers, self.held, inputs=False, num_samples=self.num_samples, seed=self.seed)
-        return {name: self.answer(name, tape) for name, tape in tapes.items()}
+        """``{name: (groups, P, M)}``: the responses of one layer or of all, behind all that follows them."""
+        names = self.todo.layers if name is None else [name]
+        return {name: self.answer(name, tape) for name, tape in self.tapes(*names, inputs=False).items()}
 
-    def tapes(self, before: str | None, name: str) -> dict[str, Tape]:
-        """What one layer sees, and what the layer before it answers, in one recording."""
-        layers = {key: self.todo.layers[key] for key in (before, name) if key is not None}
-        calls = sum(self.todo.flows[key].calls for key in layers)
-        return record(self.model, layers, self.held, num_samples=self.num_samples, seed=self.seed, stop_after=calls)
+    def tapes(self, *names: str, inputs: bool = True, outputs: bool = True) -> dict[str, Tape]:
+        """What some layers see and answer, in one recording."""
+        return record(
+            self.model, {name: self.todo.layers[name] for name in names}, self.held, flows=self.todo.flows,
+            inputs=inputs, outputs=outputs, num_samples=self.num_samples, seed=self.seed, stop=True,
+        )  # fmt: skip
 
     def inputs(self, name: str, tape: Tape) -> Tensor:
-        """``(P, N)`` or, with a bias, ``(P, N + 1)``: what a layer saw.
+        """``(groups, P, N)`` or, with a column of ones, ``(groups, P, N + 1)``: what a layer saw.
 
         Raises:
             ValueError: for NaN and Inf.
         """
-        return with_bias(self.todo.layers[name], _finite(name, tape.X))
+        return self.folds[name].rows(_finite(name, tape.X))
+
+    def offset(self, name: str, tape: Tape) -> Tensor | None:
+        """``(groups, P or 1, M)``: what is added to a layer's products."""
+        return self.folds[name].offset(None if tape.R is None else _finite(name, tape.R))
 
     def answer(self, name: str, tape: Tape) -> Tensor:
-        """What a layer answered after its ReLU, if it has one, in the solve's dtype.
+        """``(groups, P, M)``: what a layer answered behind all that follows it, in the solve's dtype.
 
         Raises:
             ValueError: for NaN and Inf.
         """
-        Z = _finite(name, tape.Z)
-        Z = Z.to(solve_dtype(Z.dtype))
-        return Z.relu() if self.todo.flows[name].relu else Z
+        return self.folds[name].answer(_finite(name, tape.Z), None if tape.R is None else _finite(name, tape.R))
 
     def feeds(self, name: str, source: Tape, target: Tape) -> bool:
         """Whether the target's input is the source's answer, bit by bit and row by row."""
         answer = self.answer(name, source)
-        return target.X is not None and torch.equal(answer, target.X.to(answer.dtype))
+        return target.X is not None and torch.equal(answer[0], target.X.to(answer.dtype))
 
     def importance(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``{name: (M,)}``: the norm of the weights by which other layers read each neuron, with mean square one.
+        """``{name: (groups, 1, M)}``: the norm of the weights by which others read each neuron, with mean square one.
 
         A layer is found to read another if on the first held batch its input is that one's answer; one that none reads
         is left out.
         """
-        tapes = record(self.model, self.todo.layers, self.held[:1], num_samples=self.num_samples, seed=self.seed)
+        first = replace(self, held=self.held[:1])
+        tapes = first.tapes(*self.todo.layers)
         factors = {}
         for name in tapes:
             readers = [reader for reader in tapes if reader != name and self.feeds(name, tapes[name], tapes[reader])]
             if readers:
-                inputs = self.todo.layers[name].out_features
-                square = torch.stack([weights[reader][:inputs].square().sum(-1) for reader in readers]).sum(0)
-                factors[name] = (square / square.mean()).nan_to_num(1.0).clamp(min=1e-2).sqrt()
+                inputs = self.todo.layers[name].outputs
+                square = torch.stack([weights[reader][0, :inputs].square().sum(-1) for reader in readers]).sum(0)
+                factors[name] = (square / square.mean()).nan_to_num(1.0).clamp(min=1e-2).sqrt().reshape(1, 1, -1)
         return factors
 
 

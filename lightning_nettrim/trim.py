@@ -47,6 +47,7 @@ def trim(
     num_samples: int = 8192,
     seed: int = 0,
     penalize_bias: bool = False,
+    recalibrate_batchnorm: bool = True,
     plan: str | Path | None = None,
     dry_run: bool = False,
     on_layer: Callable[[LayerReport], None] | None = None,
@@ -77,13 +78,15 @@ def trim(
             ones before it; ``"parallel"`` solves every layer on the trained network's signals.
         solver: the method; ``None`` is `Cardinality` at a sparsity and `ADMM`, the convex program, at an epsilon.
         refit: refit the weights on their support.
-        targets: layers to prune: names, globs, ``re:`` patterns or class names; ``None`` is every Linear.
+        targets: layers to prune: names, globs, ``re:`` patterns or class names; ``None`` is every layer that can be.
         ignore: layers to leave alone, by the same keys.
         per_layer: ``{key: {"epsilon" | "sparsity" | "pattern" | "refit": value}}``, in place of the common ones, and
             ``min_sparsity`` and ``max_sparsity``, bounds for ``allocate``.
         num_samples: inputs, and rows per layer, to calibrate on at most; a uniform sample of the whole pass.
         seed: of that sample.
         penalize_bias: let biases be pruned like weights, the paper's way.
+        recalibrate_batchnorm: re-estimate the running statistics of every BatchNorm behind a pruned layer. One that a
+            layer was solved behind gets a scale and a shift with them by which it answers as solved for.
         plan: file of a plan that a dry run wrote, perhaps edited; in place of budgets and of layer choices.
         dry_run: choose the budgets only; the result has nothing but a ``plan``, the model stays as it is.
         on_layer: called with the report of each layer as it is finished; its ``discrepancy`` is still NaN.
@@ -116,7 +119,10 @@ def trim(
         targets = list(per_layer)
     held = hold(model, batches, num_samples, seed)
     todo = choose(model, held, common, targets, ignore, per_layer)
-    pruner = Pruner(model, todo, held, scheme, solver, num_samples, seed, penalize_bias, importance)
+    pruner = Pruner(
+        model, todo, held, scheme, solver, num_samples, seed, penalize_bias, importance,
+        recalibrate_batchnorm,
+    )  # fmt: skip
     with pruner.saved():
         if metric is None:
             chosen = budgets(pruner, allocate, sparsity)

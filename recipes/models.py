@@ -10,7 +10,50 @@ from torchmetrics.functional import accuracy
 Batch = tuple[Tensor, Tensor]
 
 
-class MLP(pl.LightningModule):
+class _Classifier(pl.LightningModule):
+    """What the networks share: cross entropy, Adam with a one-cycle learning rate, accuracy.
+
+    A network sets `lr` and `weight_decay`, and maps ``(P, ...)`` images to ``(P, classes)`` logits.
+    """
+
+    lr: float
+    weight_decay: float
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """Cross entropy."""
+        x, y = batch
+        loss = nn.functional.cross_entropy(self(x), y)
+        self.log("train_loss", loss)
+        return loss
+
+    def _evaluate(self, batch: Batch, stage: str) -> None:
+        x, y = batch
+        logits = self(x)
+        acc = accuracy(logits, y, task="multiclass", num_classes=logits.shape[-1])
+        self.log(f"{stage}_acc", acc, prog_bar=True, batch_size=len(y))
+        self.log(f"{stage}_loss", nn.functional.cross_entropy(logits, y), batch_size=len(y))
+
+    def validation_step(self, batch: Batch) -> None:
+        """Accuracy and loss."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch) -> None:
+        """Accuracy and loss."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch) -> Tensor:
+        """Class numbers."""
+        return self(batch[0]).argmax(-1)
+
+    def configure_optimizers(self) -> dict:
+        """Adam, one cycle over the whole fit."""
+        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+class MLP(_Classifier):
     """A fully connected classifier, ReLU between its layers, trained by Adam with a one-cycle learning rate.
 
     Args:
@@ -34,35 +77,145 @@ class MLP(pl.LightningModule):
             x = layer(x).relu()
         return last(x)
 
-    def training_step(self, batch: Batch) -> Tensor:
-        """Cross entropy."""
-        x, y = batch
-        loss = nn.functional.cross_entropy(self(x), y)
-        self.log("train_loss", loss)
-        return loss
 
-    def _evaluate(self, batch: Batch, stage: str) -> None:
-        x, y = batch
-        logits = self(x)
-        acc = accuracy(logits, y, task="multiclass", num_classes=self.sizes[-1])
-        self.log(f"{stage}_acc", acc, prog_bar=True, batch_size=len(y))
-        self.log(f"{stage}_loss", nn.functional.cross_entropy(logits, y), batch_size=len(y))
+class LeNet5(_Classifier):
+    """Caffe's LeNet-5, 20-50-500-10: two convolutions of 5 × 5, each with a ReLU and a 2 × 2 maximum, two dense layers.
 
-    def validation_step(self, batch: Batch) -> None:
-        """Accuracy and loss."""
-        self._evaluate(batch, "val")
+    Args:
+        lr: largest learning rate of the cycle.
+        weight_decay: of Adam.
+    """
 
-    def test_step(self, batch: Batch) -> None:
-        """Accuracy and loss."""
-        self._evaluate(batch, "test")
+    def __init__(self, lr: float = 3e-3, weight_decay: float = 0.0) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr, self.weight_decay = lr, weight_decay
+        self.conv1 = nn.Conv2d(1, 20, 5)
+        self.conv2 = nn.Conv2d(20, 50, 5)
+        self.fc1 = nn.Linear(800, 500)
+        self.fc2 = nn.Linear(500, 10)
 
-    def predict_step(self, batch: Batch) -> Tensor:
-        """Class numbers."""
-        return self(batch[0]).argmax(-1)
+    def forward(self, x: Tensor) -> Tensor:
+        """``(P, 28, 28)`` images to ``(P, 10)`` logits."""
+        x = nn.functional.max_pool2d(self.conv1(x.unsqueeze(1)).relu(), 2)
+        x = nn.functional.max_pool2d(self.conv2(x).relu(), 2)
+        return self.fc2(self.fc1(x.flatten(1)).relu())
 
-    def configure_optimizers(self) -> dict:
-        """Adam, one cycle over the whole fit."""
-        optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
-        steps = int(self.trainer.estimated_stepping_batches)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+class Block(nn.Module):
+    """Two 3 × 3 convolutions with batch normalisation, summed with what went in, and a ReLU after the sum.
+
+    Args:
+        inputs: channels that go in.
+        outputs: channels that come out.
+        stride: of the first convolution; where it or the channels change the shape, a 1 × 1 convolution adapts the sum.
+    """
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(outputs)
+        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(outputs)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or inputs != outputs:
+            adapt = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(adapt, nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(P, inputs, H, W)`` to ``(P, outputs, H / stride, W / stride)``."""
+        y = self.bn1(self.conv1(x)).relu()
+        return (self.bn2(self.conv2(y)) + self.shortcut(x)).relu()
+
+
+class ResNet(_Classifier):
+    """A small residual network: three stages of blocks at 14 × 14, 7 × 7 and 4 × 4 pixels, their mean, a linear head.
+
+    Args:
+        width: channels of the first stage; each next one has twice as many.
+        blocks: of each stage.
+        lr: largest learning rate of the cycle.
+        weight_decay: of Adam.
+    """
+
+    def __init__(self, width: int = 16, blocks: int = 1, lr: float = 1e-2, weight_decay: float = 0.0) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr, self.weight_decay = lr, weight_decay
+        self.conv1 = nn.Conv2d(1, width, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        for i, stride in enumerate((1, 2, 2)):
+            inputs, outputs = (width << i) // stride, width << i
+            rest = (Block(outputs, outputs) for _ in range(blocks - 1))
+            self.add_module(f"stage{i + 1}", nn.Sequential(Block(inputs, outputs, stride), *rest))
+        self.fc = nn.Linear(4 * width, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(P, 28, 28)`` images to ``(P, 10)`` logits."""
+        x = self.bn1(self.conv1(x.unsqueeze(1))).relu()
+        x = self.stage3(self.stage2(self.stage1(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+class Encoder(nn.Module):
+    """A transformer's block, normalised before each half: attention among the tokens, then two layers on each token.
+
+    Args:
+        dim: features of a token.
+        heads: of the attention.
+        hidden: neurons between the two layers.
+    """
+
+    def __init__(self, dim: int, heads: int, hidden: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attention = nn.MultiheadAttention(dim, heads, batch_first=True)
+        self.norm2 = nn.LayerNorm(dim)
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(P, tokens, dim)`` to the same shape."""
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x))))
+
+
+class ViT(_Classifier):
+    """A small vision transformer: patches as tokens, one more token to classify by, learned positions.
+
+    Args:
+        patch: pixels of a patch's side, a divisor of 28.
+        dim: features of a token.
+        depth: blocks.
+        heads: of each attention.
+        hidden: neurons between the two layers of a block.
+        lr: largest learning rate of the cycle.
+        weight_decay: of Adam.
+    """
+
+    def __init__(
+        self,
+        patch: int = 7,
+        dim: int = 64,
+        depth: int = 4,
+        heads: int = 4,
+        hidden: int = 128,
+        lr: float = 3e-3,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.lr, self.weight_decay = lr, weight_decay
+        self.embed = nn.Conv2d(1, dim, patch, stride=patch)
+        self.token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.positions = nn.Parameter(0.02 * torch.randn(1, (28 // patch) ** 2 + 1, dim))
+        self.blocks = nn.Sequential(*(Encoder(dim, heads, hidden) for _ in range(depth)))
+        self.norm = nn.LayerNorm(dim)
+        self.head = nn.Linear(dim, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(P, 28, 28)`` images to ``(P, 10)`` logits."""
+        patches = self.embed(x.unsqueeze(1)).flatten(2).mT
+        x = torch.cat([self.token.expand(len(x), -1, -1), patches], 1) + self.positions
+        return self.head(self.norm(self.blocks(x))[:, 0])

@@ -9,13 +9,14 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_nettrim"
 FLOORS = [
-    {"pattern", "sums"},
+    {"pattern", "sums", "rectifier"},
     {"problem"},
     {"prox"},
     {"solvers"},
     {"mask", "allocate"},
     {"layers", "sample"},
-    {"capture"},
+    {"flow"},
+    {"capture", "fold", "norms"},
     {"report"},
     {"plan", "tolerance"},
     {"signals"},

@@ -8,6 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_nettrim.capture import evaluating, record, watch
+from lightning_nettrim.flow import Flow
+from lightning_nettrim.layers import prunable
 
 
 class Net(nn.Module):
@@ -15,7 +17,7 @@ class Net(nn.Module):
         super().__init__()
         self.a, self.b, self.between = nn.Linear(6, 5), nn.Linear(5, 3), between
         self.relu, self.inplace = nn.ReLU(), nn.ReLU(inplace=True)
-        self.dropout, self.norm = nn.Dropout(0.5), nn.BatchNorm1d(5)
+        self.dropout, self.norm, self.other = nn.Dropout(0.5), nn.BatchNorm1d(5), torch.randn(4, 5)
 
     def forward(self, x):
         return self.b(self.between(self, self.a(x)))
@@ -50,32 +52,61 @@ RELU = {
 LINEAR = {
     "nothing": lambda net, y: y,
     "gelu": lambda net, y: F.gelu(y),
-    "leaky": lambda net, y: F.leaky_relu(y),
-    "relu6": lambda net, y: F.relu6(y),
-    "clamp elsewhere": lambda net, y: y.clamp(min=-1),
-    "clamp both": lambda net, y: y.clamp(0, 1),
+    "steep leaky": lambda net, y: F.leaky_relu(y, 1.5),
     "residual around": lambda net, y: y + y.relu(),
-    "batch norm before": lambda net, y: net.norm(y).relu(),
-    "sum before": lambda net, y: (y + 1).relu(),
+    "batch norm by the batch": lambda net, y: F.batch_norm(y, None, None, training=True).relu(),
+    "batch norm beside": lambda net, y: net.norm(y).relu() + y,
+    "a number added": lambda net, y: (y + 1).relu(),
+    "itself added": lambda net, y: (y + y).relu(),
+    "added twice over": lambda net, y: torch.add(y, net.other, alpha=2).relu(),
     "negated": lambda net, y: (-y).relu(),
+    "average pooling before": lambda net, y: F.avg_pool1d(y.unsqueeze(1), 5).expand(-1, 5, 1).squeeze(-1).relu(),
+}
+OTHERS = {
+    "leaky": (lambda net, y: F.leaky_relu(y), "LeakyReLU"),
+    "prelu": (lambda net, y: F.prelu(y, torch.linspace(0, 1, 5)), "PReLU"),
+    "relu6": (lambda net, y: F.relu6(y), "clamp to [0, 6]"),
+    "hardtanh": (lambda net, y: F.hardtanh(y, -2, 2), "clamp to [-2, 2]"),
+    "hardtanh in place": (lambda net, y: F.hardtanh_(y), "clamp to [-1, 1]"),
+    "clamp below": (lambda net, y: y.clamp(min=-1), "clamp to [-1, inf]"),
+    "clamp both": (lambda net, y: y.clamp(0, 1), "clamp to [0, 1]"),
+    "batch norm": (lambda net, y: net.norm(y), "BatchNorm, linear"),
+    "batch norm, then relu": (lambda net, y: net.norm(y).relu(), "BatchNorm, ReLU"),
+    "a view before batch norm": (lambda net, y: net.norm(y.view(-1, 5)).relu(), "linear"),
+    "batch norm, then gelu": (lambda net, y: F.gelu(net.norm(y)), "BatchNorm, linear"),
+    "residual sum": (lambda net, y: y + net.other, "sum, linear"),
+    "residual sum, then relu": (lambda net, y: (net.other + y).relu(), "sum, ReLU"),
+    "in place": (lambda net, y: y.add_(net.other).relu_(), "sum, ReLU"),
+    "batch norm, two sums, relu6": (
+        lambda net, y: F.relu6(net.norm(y) + net.other + net.other),
+        "BatchNorm, sum, sum, clamp to [0, 6]",
+    ),
+    "max pooling between": (lambda net, y: F.max_pool1d(y.unsqueeze(1), 1).squeeze(1).relu(), "ReLU"),
+    "two rectifiers": (lambda net, y: y.relu() + F.relu6(y), "linear"),
+    "read between": (lambda net, y: (y + net.other).relu() + (y + net.other), "linear"),
 }
 
 
 def flows(net, x):
     with evaluating(net):
-        return watch(net, {"a": net.a, "b": net.b}, ((x,), {}))
+        return watch(net, prunable(net)[0], [((x,), {})]).flows
 
 
 @pytest.mark.parametrize("between", RELU.values(), ids=RELU.keys())
 def test_a_relu_is_seen(between):
     found = flows(Net(between), torch.randn(4, 6))
-    assert found["a"].relu
-    assert not found["b"].relu
+    assert str(found["a"]) == "ReLU"
+    assert str(found["b"]) == "linear"
 
 
 @pytest.mark.parametrize("between", LINEAR.values(), ids=LINEAR.keys())
 def test_anything_else_is_linear(between):
-    assert not flows(Net(between), torch.randn(4, 6))["a"].relu
+    assert str(flows(Net(between), torch.randn(4, 6))["a"]) == "linear"
+
+
+@pytest.mark.parametrize(("between", "follows"), OTHERS.values(), ids=OTHERS.keys())
+def test_what_follows_is_seen(between, follows):
+    assert str(flows(Net(between), torch.randn(4, 6))["a"]) == follows
 
 
 def test_a_response_that_is_also_returned_is_linear():
@@ -90,7 +121,8 @@ def test_a_response_that_is_also_returned_is_linear():
 
     net = Both()
     with evaluating(net):
-        assert not watch(net, {"a": net.a}, ((torch.randn(4, 6),), {}))["a"].relu
+        found = watch(net, prunable(net)[0], [((torch.randn(4, 6),), {})])
+    assert str(found.flows["a"]) == "linear"
 
 
 def test_calls_and_order_are_those_of_the_execution():
@@ -103,17 +135,17 @@ def test_calls_and_order_are_those_of_the_execution():
             return self.last(self.first(self.first(x).relu()).relu())
 
     net = Backwards()
-    found = watch(net, {"last": net.last, "unused": net.unused, "first": net.first}, ((torch.ones(2, 4),), {}))
+    found = watch(net, prunable(net)[0], [((torch.ones(2, 4),), {})]).flows
     assert list(found) == ["first", "last"]
     assert [flow.calls for flow in found.values()] == [2, 1]
-    assert found["first"].relu
+    assert str(found["first"]) == "ReLU"
 
 
 @pytest.mark.parametrize("between", [RELU["module in place"], RELU["view in place"], RELU["Tensor.relu"]])
 def test_a_tape_holds_what_went_in_and_what_came_out_before_the_relu(between):
     net, x = Net(between), torch.randn(30, 6)
     with evaluating(net):
-        tapes = record(net, {"a": net.a, "b": net.b}, [((p,), {}) for p in x.split(7)], num_samples=100, seed=0)
+        tapes = record(net, prunable(net)[0], [((p,), {}) for p in x.split(7)], num_samples=100, seed=0)
     with torch.no_grad():
         Z = torch.cat([net.a(p) for p in x.split(7)])
     assert torch.equal(tapes["a"].X, x)
@@ -123,11 +155,11 @@ def test_a_tape_holds_what_went_in_and_what_came_out_before_the_relu(between):
 
 def test_leading_dimensions_are_rows_and_rows_are_bounded_and_aligned():
     net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(50, 7, 3)
-    layers = {"0": net[0], "2": net[2]}
+    layers = prunable(net)[0]
     held = [((p,), {}) for p in x.split(8)]
     with evaluating(net):
         tapes = record(net, layers, held, num_samples=64, seed=0)
-        again = record(net, {"2": net[2]}, held, outputs=False, num_samples=64, seed=0, stop_after=1)
+        again = record(net, {"2": layers["2"]}, held, outputs=False, num_samples=64, seed=0)
     assert tapes["0"].seen == 350
     assert tuple(tapes["0"].X.shape) == (64, 3)
     assert torch.equal(tapes["0"].Z.relu(), tapes["2"].X)
@@ -147,7 +179,8 @@ def test_the_rest_of_a_forward_pass_is_skipped():
 
     net = Guarded()
     with evaluating(net):
-        tapes = record(net, {"a": net.a}, [((torch.ones(2, 3),), {})], num_samples=9, seed=0, stop_after=1)
+        layers, flows = {"a": prunable(net)[0]["a"]}, {"a": Flow(1)}
+        tapes = record(net, layers, [((torch.ones(2, 3),), {})], flows=flows, num_samples=9, seed=0, stop=True)
     assert len(tapes["a"].X) == 2
 
 
@@ -157,7 +190,7 @@ def test_afterwards_the_model_is_as_it_was():
     modes = [module.training for module in net.modules()]
     with pytest.raises(RuntimeError), evaluating(net):  # noqa: PT012
         assert not any(module.training for module in net.modules())
-        record(net, {"a": net.a}, [((torch.ones(2, 99),), {})], num_samples=9, seed=0)
+        record(net, prunable(net)[0], [((torch.ones(2, 99),), {})], num_samples=9, seed=0)
     assert [module.training for module in net.modules()] == modes
     assert all(not module._forward_hooks for module in net.modules())
 
@@ -165,5 +198,5 @@ def test_afterwards_the_model_is_as_it_was():
 def test_a_batch_that_the_model_refuses_is_named():
     net = Net(RELU["module"])
     with pytest.raises(ValueError, match=r"Net.forward takes, got inputs of shapes \[\(2, 99\)\]"):
-        watch(net, {"a": net.a}, ((torch.ones(2, 99),), {}))
+        watch(net, prunable(net)[0], [((torch.ones(2, 99),), {})])
     assert all(not module._forward_hooks for module in net.modules())

@@ -7,7 +7,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from problems import VARIANTS, layer
+from problems import VARIANTS, distance, layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nettrim import (
@@ -25,14 +25,6 @@ from lightning_nettrim.solvers.cardinality import spectrum_of
 
 SOLVERS = [Cardinality(), Magnitude(), Wanda(), SparseGPT(), SparseGPT(block=8)]
 PATTERNS = ["unstructured", "per_neuron", "2:4", "1:4", "4:8", "neuron", "4x4"]
-
-
-def distance(problem, W):
-    XW = problem.X @ W
-    if problem.Omega is None:
-        return (XW - problem.Y).norm()
-    V = 0 if problem.V is None else problem.V
-    return torch.where(problem.Omega, XW - problem.Y, (XW - V).clamp(min=0)).norm()
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=repr)
@@ -120,7 +112,7 @@ def test_a_step_does_not_wait_for_the_device(options):
     problem, counts = replace(layer(**options), sparsity=0.8), []
     for steps in (30, 90):
         with torch.no_grad(), Waits() as waits:
-            Cardinality(steps=steps)._run(problem.flat(), spectrum_of(problem.flat()), problem.kept)
+            Cardinality(steps=steps)._run(problem.flat(), spectrum_of(problem.flat()))
         counts.append(waits.count)
     assert counts[0] == counts[1] > 0
 

@@ -7,33 +7,34 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_nettrim.layers import matrix, parameters_of, per_layer_options, prunable, refuse_unusable, with_bias
+from lightning_nettrim.layers import Linear, per_layer_options, prunable, refuse_unusable
 
 
 def network():
-    encoder = nn.Sequential(nn.Conv1d(2, 3, 2), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4, bias=False))
+    encoder = nn.Sequential(nn.Bilinear(2, 3, 2), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4, bias=False))
     return nn.ModuleDict({"encoder": encoder, "head": nn.Linear(4, 2), "names": nn.Embedding(5, 4)})
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_matrix_and_rows_answer_as_the_layer(bias, dtype):
-    layer, x = nn.Linear(5, 3, bias=bias, dtype=dtype), torch.randn(7, 5, dtype=dtype)
-    W, X = matrix(layer), with_bias(layer, x)
+    module, x = nn.Linear(5, 3, bias=bias, dtype=dtype), torch.randn(7, 5, dtype=dtype)
+    layer = Linear("fc", module, bias="bias" if bias else None)
+    W, X = layer.matrix(), layer.rows(x, bias)
     assert W.dtype == X.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(
-        (X @ W).to(dtype), layer(x).detach(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2
+        (X @ W)[0].to(dtype), module(x).detach(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2
     )
-    back = parameters_of("fc", layer, W)
+    back = layer.parameters(W)
     assert list(back) == ["fc.weight", "fc.bias"][: 1 + bias]
     for name, value in back.items():
-        assert torch.equal(value.to(dtype), getattr(layer, name[3:]))
+        assert torch.equal(value.to(dtype), getattr(module, name[3:]))
 
 
 def test_a_matrix_is_a_copy():
-    layer = nn.Linear(3, 3, bias=False)
-    matrix(layer).zero_()
-    assert layer.weight.count_nonzero() == 9
+    module = nn.Linear(3, 3, bias=False)
+    Linear("fc", module, bias=None).matrix().zero_()
+    assert module.weight.count_nonzero() == 9
 
 
 @pytest.mark.parametrize(
@@ -60,9 +61,9 @@ def test_keys_choose_layers(targets, ignore, found):
 def test_reasons_say_why():
     _, skipped = prunable(network(), None, ["head"])
     assert skipped == {
-        "encoder.0": "Conv1d is not supported: only Linear is",
+        "encoder.0": "Bilinear has parameters of its own that are no Linear's, convolution's or MultiheadAttention's",
         "head": "ignored",
-        "names": "Embedding is not supported: only Linear is",
+        "names": "Embedding looks its rows up: there is no product to sparsify",
     }
 
 
@@ -73,8 +74,8 @@ def test_a_key_that_matches_nothing_names_its_neighbours(argument):
 
 
 def test_no_layer_left_is_an_error_that_says_why():
-    with pytest.raises(ValueError, match="got none.*Conv1d is not supported"):
-        prunable(nn.Sequential(nn.Conv1d(2, 2, 1)))
+    with pytest.raises(ValueError, match="got none.*Bilinear has parameters"):
+        prunable(nn.Sequential(nn.Bilinear(2, 2, 1)))
     with pytest.raises(ValueError, match="no weight matrix"):
         prunable(nn.Sequential(nn.ReLU(), nn.LayerNorm(3)))
 
@@ -92,11 +93,10 @@ def test_tied_parametrized_lazy_and_attention_layers_are_skipped():
     )
     model["table"].weight = model["tied"].weight
     layers, skipped = prunable(model)
-    assert list(layers) == ["attention.out_proj", "plain"]
+    assert list(layers) == ["attention.in_proj", "attention.out_proj", "plain"]
     assert "shared (tied.weight, table.weight)" in skipped["tied"]
     assert "parametrized" in skipped["normed"]
     assert "not initialised" in skipped["lazy"]
-    assert "MultiheadAttention is not supported" in skipped["attention"]
 
 
 def test_the_later_of_two_keys_wins():

@@ -7,18 +7,10 @@ from dataclasses import replace
 import cvxpy as cp
 import pytest
 import torch
-from problems import layer
+from problems import distance, layer
 
 from lightning_nettrim import ADMM, Magnitude, refit, solve
-
-
-def distance(problem, W):
-    XW = problem.X @ W
-    R = XW - problem.Y
-    if problem.Omega is not None:
-        V = 0 if problem.V is None else problem.V
-        R = torch.where(problem.Omega, R, (XW - V).clamp(min=0))
-    return float(R.norm())
+from lightning_nettrim.rectifier import Rectifier
 
 
 def pruned(problem, sparsity=0.6):
@@ -35,19 +27,44 @@ def test_a_linear_refit_solves_the_normal_equations():
         torch.testing.assert_close(fitted[support, m], exact, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"bias": True}, {"cascade": True, "bias": True}, {"dead": True}])
+BOUNDED = {"bounds": (-0.5, 0.5), "residual": True, "bias": True}
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": True}, {"cascade": True, "bias": True}, {"dead": True}, BOUNDED])
 def test_a_relu_refit_reaches_the_convex_optimum(options):
     problem = layer(N=12, M=5, **options)
     W = pruned(problem)
     fitted = refit(problem, W)
     U, Omega = cp.Variable(W.shape), problem.Omega.double().numpy()
-    XU = problem.X.numpy() @ U
-    V = 0 if problem.V is None else problem.V.numpy()
+    XU = problem.X.numpy() @ U + (0 if problem.offset is None else problem.offset.numpy())
+    V = (problem.Y if problem.V is None else problem.V).numpy()
+    side = torch.where(problem.rectifier.high <= problem.Y, -1.0, 1.0).numpy()
     off = ((W == 0) & (problem.weights > 0)).double().numpy()
-    on, above = cp.multiply(Omega, XU - problem.Y.numpy()), cp.multiply(1 - Omega, cp.pos(XU - V))
+    on, above = cp.multiply(Omega, XU - problem.Y.numpy()), cp.multiply(1 - Omega, cp.pos(cp.multiply(side, XU - V)))
     cost = cp.sum_squares(on) + cp.sum_squares(above)
     best = cp.Problem(cp.Minimize(cost), [cp.multiply(off, U) == 0]).solve(solver=cp.CLARABEL)
-    assert distance(problem, fitted) ** 2 == pytest.approx(best, rel=1e-4)
+    assert float(distance(problem, fitted)) ** 2 == pytest.approx(best, rel=1e-4)
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.3, 1.0])
+def test_below_a_slope_an_error_counts_its_square(slope):
+    problem = layer(N=12, M=5, residual=True)
+    rectifier = Rectifier(slope=torch.tensor(slope, dtype=torch.float64))
+    Z = problem.X @ problem.W + problem.offset
+    problem = replace(problem, Y=rectifier(Z), rectifier=rectifier)
+    W = pruned(problem)
+    fitted = refit(problem, W)
+    U, Omega = cp.Variable(W.shape), problem.Omega.double().numpy()
+    R, XU = problem.X.numpy() @ U + (problem.offset - Z).numpy(), problem.X.numpy() @ U + problem.offset.numpy()
+    cost = cp.sum_squares(cp.multiply(Omega + slope * (1 - Omega), R))
+    cost += (1 - slope**2) * cp.sum_squares(cp.multiply(1 - Omega, cp.pos(XU)))
+    off = (W == 0).double().numpy()
+    best = cp.Problem(cp.Minimize(cost), [cp.multiply(off, U) == 0]).solve(solver=cp.CLARABEL)
+    C = problem.X @ fitted + problem.offset
+    reached = torch.where(problem.Omega, C - Z, slope * (C - Z)).square().sum()
+    reached += (1 - slope**2) * torch.where(problem.Omega, 0, C.clamp(min=0)).square().sum()
+    assert float(reached) == pytest.approx(best, rel=1e-4)
+    torch.testing.assert_close(problem.response(problem.W), problem.Y)
 
 
 @pytest.mark.parametrize("options", [{}, {"relu": False}, {"bias": True}, {"rank": 10}, {"P": 20}, {"scale": 1e4}])

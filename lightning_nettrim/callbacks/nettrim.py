@@ -27,10 +27,11 @@ from lightning_nettrim.trim import trim
 class NetTrim(Callback):
     """Prunes the trained network without retraining it, and shows it beside the dense one.
 
-    After ``fit``, on the training device, every Linear layer gets the sparsest weights that answer as the trained layer
-    did, after its ReLU. A ``validate`` of a network that is not pruned yet prunes it first, so that a checkpoint can be
-    pruned without training. The result is `callback.result`, and ``<log_dir>/nettrim/`` holds ``pruned.ckpt``, an
-    ordinary Lightning checkpoint with the same keys, and ``report.json``.
+    After ``fit``, on the training device, every Linear, convolution and attention gets sparse weights that answer as
+    the trained ones did, behind the BatchNorm, the residual sum and the ReLU that follow. A ``validate`` of a network that
+    is not pruned yet prunes it first, so that a checkpoint can be pruned without training. The result is
+    `callback.result`, and ``<log_dir>/nettrim/`` holds ``pruned.ckpt``, an ordinary Lightning checkpoint with the same
+    keys, and ``report.json``.
 
     Args:
         epsilon: largest change of a layer's response, relative: 0.05 is 5 % of its norm. Give this, ``sparsity``,
@@ -50,13 +51,14 @@ class NetTrim(Callback):
         scheme: ``cascade`` solves layer after layer on the pruned network's signals, ``parallel`` on the trained ones.
         solver: the method; if not given, Cardinality at a sparsity, and ADMM, the convex program, at an epsilon.
         refit: refit the weights on their support.
-        targets: layers to prune: names, globs, ``re:`` patterns or class names; every Linear if not given.
+        targets: layers to prune: names, globs, ``re:`` patterns or class names; every layer that can be if not given.
         ignore: layers to leave alone, by the same keys.
         per_layer: options by the same keys in place of the common ones, e.g. ``{fc3: {sparsity: 0.6}}``; the options
             are ``epsilon``, ``sparsity``, ``pattern``, ``refit`` and, as bounds, ``min_sparsity``, ``max_sparsity``.
         num_samples: inputs, and rows per layer, to calibrate on at most; a uniform sample of one pass.
         seed: of that sample.
         penalize_bias: let biases be pruned like weights, the paper's way.
+        recalibrate_batchnorm: re-estimate the running statistics of BatchNorms behind pruned layers.
         calibration: the data to calibrate on, ``train`` or ``val``.
         compare: validate the dense and the pruned network into two sibling runs of the logger.
         save: write ``pruned.ckpt`` and ``report.json``.
@@ -92,6 +94,7 @@ class NetTrim(Callback):
         num_samples: int = 8192,
         seed: int = 0,
         penalize_bias: bool = False,
+        recalibrate_batchnorm: bool = True,
         calibration: Literal["train", "val"] = "train",
         compare: bool = True,
         save: bool = True,
@@ -118,6 +121,7 @@ class NetTrim(Callback):
             "num_samples": num_samples,
             "seed": seed,
             "penalize_bias": penalize_bias,
+            "recalibrate_batchnorm": recalibrate_batchnorm,
             "plan": plan,
         }
         try:

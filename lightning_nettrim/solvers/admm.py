@@ -85,7 +85,8 @@ class ADMM(IterativeSolver):
         D = torch.empty_like(problem.Y)
         G, R, E = torch.empty_like(D), torch.empty_like(D), torch.empty_like(D)
         _residual(problem, S, R)
-        reflect_relu_ball(R, problem.radius, problem.Omega, problem.balls, out=G, work=E)
+        floors = problem.floors if problem.bounded else None
+        reflect_relu_ball(R, problem.radius, problem.Omega, problem.balls, floors, out=G, work=E)
         torch.sub(R, G, out=D).mul_(0.5)
         torch.neg(D, out=G)
         F = torch.empty_like(D) if self.tf32 else D[:, :0, :0]
@@ -101,7 +102,8 @@ class ADMM(IterativeSolver):
             for rows, X in problem.inputs():
                 R[:, rows].baddbmm_(X, move)
             D.lerp_(G, alpha / 2).add_(R, alpha=alpha)  # over-relaxed XW − U₁, the dual ascent of Z included
-            reflect_relu_ball(D, problem.radius, problem.Omega, problem.balls, out=G, work=E)  # Z-update
+            floors = problem.floors if problem.bounded else None
+            reflect_relu_ball(D, problem.radius, problem.Omega, problem.balls, floors, out=G, work=E)  # Z-update
             if self.tf32:  # the product of the change alone, in which a coarse rounding does no harm
                 change = F.sub_(torch.add(G, R, out=E))
                 _adjoint(problem, change, g, beta=1)

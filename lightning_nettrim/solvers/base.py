@@ -66,10 +66,12 @@ class Solver(ABC):
     """A method that turns a `LayerProblem` into a `Solution`: numbers only, so that YAML can write it.
 
     ``convex`` says that it solves the program with a radius, of which the trained weights must be feasible; the others
-    take a sparsity.
+    take a sparsity. ``behind`` says that it is given the layer behind the BatchNorm that follows it, and what others
+    add to it; the others see the layer's own weights and inputs.
     """
 
     convex: ClassVar[bool] = False
+    behind: ClassVar[bool] = True
 
     @abstractmethod
     def solve(self, problem: LayerProblem, warm: Any = None) -> Solution:

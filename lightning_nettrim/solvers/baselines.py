@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from lightning_nettrim.solvers.base import Solution, Solver
 class Magnitude(Solver):
     """Keep the largest |W|: blind to the data, the baseline of every comparison."""
 
+    behind: ClassVar[bool] = False
+
     def solve(self, problem: LayerProblem, warm: Any = None) -> Solution:
         """Needs a ``sparsity``; has neither objective nor certificate, so those are NaN."""
         return Solution.uncertified(project_pattern(problem, problem.W))
@@ -29,6 +31,8 @@ class Wanda(Solver):
     References:
         Sun, Liu, Bair, Kolter, "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024, eq. (1).
     """
+
+    behind: ClassVar[bool] = False
 
     def solve(self, problem: LayerProblem, warm: Any = None) -> Solution:
         """Needs a ``sparsity``; has neither objective nor certificate, so those are NaN."""
@@ -53,6 +57,8 @@ class SparseGPT(Solver):
         Frantar, Alistarh, "SparseGPT", ICML 2023, Algorithm 1.
     """
 
+    behind: ClassVar[bool] = False
+
     block: int = 128
     damping: float = 0.01
 
@@ -75,7 +81,7 @@ class SparseGPT(Solver):
             stop = min(start + size, len(rows))
             now = slice(start, stop)
             kept_until = round(stop / len(rows) * problem.kept)
-            choice = problem.pattern.choose(
+            choice = problem.choose(
                 W[:, now].square() / diagonal[:, now].square(),
                 problem.kept if at_once or problem.pattern.n_of_m else kept_until - kept_before,
             )

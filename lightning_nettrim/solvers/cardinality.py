@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,13 +19,29 @@ SETTLED = 3.0
 
 
 class Spectrum(NamedTuple):
-    """What depends on X alone: H = XᵀX without its free rows, each input scaled to unit energy, as QΛQᵀ."""
+    """What depends on X alone: H = XᵀX without its free rows, each input scaled to unit energy, as QΛQᵀ.
+
+    The rank r is n or, where there are fewer samples than inputs, P.
+    """
 
     scale: Tensor  # (B, n, 1) root of the diagonal of XᵀX, 0 for dead inputs
-    values: Tensor  # (B, 1, n) Λ
-    vectors: Tensor  # (B, n, n) Q
+    values: Tensor  # (B, 1, r) Λ
+    vectors: Tensor  # (B, n, r) Q
     across: Tensor  # (B, F, n) H_ff⁺ H_fp, the free rows' regression on the penalised ones
     inner: Tensor  # (B, F, F) H_ff⁺
+
+    @property
+    def mean(self) -> Tensor:
+        """``(B, 1, 1)``: the mean eigenvalue of H."""
+        return self.values.sum(-1, keepdim=True) / self.scale.shape[-2]
+
+    def inverse(self, rho: Tensor) -> Callable[[Tensor], Tensor]:
+        """What multiplies by (H + ρ)⁻¹: Q(Λ + ρ)⁻¹Qᵀ or, at a lower rank, (1 − QΛ(Λ + ρ)⁻¹Qᵀ)/ρ."""
+        if self.vectors.shape[-1] == self.vectors.shape[-2]:
+            inverse = torch.bmm(self.vectors / (self.values + rho), self.vectors.mT)
+            return lambda B: torch.bmm(inverse, B)
+        part = (self.values / (self.values + rho)).mT
+        return lambda B: torch.baddbmm(B, self.vectors, part * torch.bmm(self.vectors.mT, B), alpha=-1).div_(rho)
 
 
 @dataclass(frozen=True)
@@ -66,13 +83,12 @@ class Cardinality(Solver):
         Raises:
             ValueError: for a problem without a sparsity.
         """
-        shape, kept = problem.batch, problem.kept
-        problem = problem.flat()
+        shape, problem = problem.batch, problem.flat()
         spectrum = spectrum_of(problem) if warm is None else warm
         if problem.prunable == problem.nonzeros:
             W, moved = problem.W, problem.W.new_zeros(len(problem.W))
         else:
-            W, moved = self._run(problem, spectrum, kept)
+            W, moved = self._run(problem, spectrum)
             W = _or_magnitude(problem, W)
         lost = ~W.isfinite().all(-1).all(-1)
         W = torch.where(lost[:, None, None], problem.W, W)
@@ -88,19 +104,20 @@ class Cardinality(Solver):
         fast = max(SETTLED / self.last, 1.0) ** (1 / max(settling, 1))
         return [slow] * (times - settling) + [fast] * settling
 
-    def _run(self, problem: LayerProblem, spectrum: Spectrum, kept: int) -> tuple[Tensor, Tensor]:
+    def _run(self, problem: LayerProblem, spectrum: Spectrum) -> tuple[Tensor, Tensor]:
         """The answer of a flat batch, and which fraction of the kept weights the last tenth of the steps exchanged."""
-        pattern, penalised = problem.pattern, (problem.weights > 0).squeeze(-1)
+        penalised = (problem.weights > 0).squeeze(-1)
         heavy, free = penalised.nonzero().squeeze(-1), (~penalised).nonzero().squeeze(-1)  # once: a mask would wait
-        scale, values, vectors, across, inner = spectrum
+        kept = problem.kept  # once: it is counted
+        scale, _, _, across, inner = spectrum
         unscale = torch.where(scale > 0, 1 / scale, 0)
         rows = _parts(problem, self.parts)
         images = [_image(problem, part, problem.W) for part in rows]
         total = torch.stack(images).sum(0)  # XᵀT
         W = scale * problem.W[:, heavy]
-        S = torch.where(pattern.choose(W.square(), kept), W, 0)
+        S = torch.where(problem.choose(W.square(), kept), W, 0)
         U, rest = torch.zeros_like(W), S
-        rho, growth = self.first * values.mean(-1, keepdim=True), self._growth()
+        rho, growth = self.first * spectrum.mean, self._growth()
         full = problem.W.clone()  # W or S, unscaled, with the free rows that suit it
 
         def complete(penalised_rows: Tensor) -> Tensor:
@@ -111,11 +128,11 @@ class Cardinality(Solver):
         for step in range(self.steps):
             with coarse_products(self.tf32):
                 if step % 3 == 0:
-                    inverse = torch.bmm(vectors / (values + rho), vectors.mT)
+                    inverse = spectrum.inverse(rho)
                 b = unscale * (total[:, heavy] - across.mT @ total[:, free])
-                W = torch.bmm(inverse, (S - U).mul_(rho).add_(b))  # W-update
+                W = inverse((S - U).mul_(rho).add_(b))  # W-update
                 U += W
-                S = torch.where(pattern.choose(U.square(), kept), U, 0)  # S-update
+                S = torch.where(problem.choose(U.square(), kept), U, 0)  # S-update
                 U -= S  # dual ascent
                 if problem.Omega is not None:
                     part = step % len(rows)
@@ -157,6 +174,8 @@ def _or_magnitude(problem: LayerProblem, W: Tensor) -> Tensor:
 def spectrum_of(problem: LayerProblem) -> Spectrum:
     """The eigenvalues and eigenvectors of a flat batch's scaled Gram matrix."""
     penalised = (problem.weights > 0).squeeze(-1)
+    if problem.X.shape[-2] < int(penalised.sum()):
+        return _spectrum_of_samples(problem, penalised)
     H = problem.gram()
     rows = H[:, ~penalised]
     inner = torch.linalg.pinv(rows[..., ~penalised], hermitian=True)
@@ -171,6 +190,20 @@ def spectrum_of(problem: LayerProblem) -> Spectrum:
     )
 
 
+def _spectrum_of_samples(problem: LayerProblem, penalised: Tensor) -> Spectrum:
+    """The same of fewer samples than inputs, from the P by P matrix of the samples: AᵀA has the eigenvalues of AAᵀ."""
+    X = problem.X.to(problem.Y.device)
+    A, free = X[..., penalised], X[..., ~penalised]
+    inner = torch.linalg.pinv((free.mT @ free).double(), hermitian=True)
+    across = (inner @ (free.mT @ A).double()).to(A)
+    scale = torch.linalg.vector_norm(A, dim=-2).unsqueeze(-1)
+    A = (A - free @ across) * torch.where(scale > 0, 1 / scale, 0).mT
+    values, U = torch.linalg.eigh((A @ A.mT).double())
+    root = torch.where(values > 1e-6 * values.amax(-1, keepdim=True), values, 0).sqrt().to(A)
+    vectors = A.mT @ (U.to(A) * torch.where(root > 0, 1 / root, 0).unsqueeze(-2))
+    return Spectrum(scale, root.square().unsqueeze(-2), vectors, across, inner.to(A))
+
+
 def _parts(problem: LayerProblem, parts: int) -> list[slice]:
     """The rows in parts; one part for a linear response, whose target never changes."""
     P = problem.X.shape[-2]
@@ -181,5 +214,5 @@ def _parts(problem: LayerProblem, parts: int) -> list[slice]:
 def _image(problem: LayerProblem, rows: slice, W: Tensor) -> Tensor:
     """``(B, N, M)``: XᵀT on some rows, where T is the point of K nearest to XW."""
     part = problem.part(rows)
-    T = part.Y if part.Omega is None else project_responses(part, torch.bmm(part.X, W))
+    T = part.centre if part.Omega is None else project_responses(part, torch.bmm(part.X, W))
     return torch.bmm(part.X.mT, T)

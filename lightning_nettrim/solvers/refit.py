@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_nettrim.problem import LayerProblem
 from lightning_nettrim.prox import project_responses
+from lightning_nettrim.rectifier import Rectifier
 from lightning_nettrim.solvers.base import coarse_products
 from lightning_nettrim.sums import norm
 
@@ -44,13 +45,13 @@ def refit(
     energy = X.square().sum(-2).unsqueeze(-1)  # (*batch, N, 1), the diagonal of XᵀX
     ridge = DAMPING * energy.mean(-2, keepdim=True)
     scale = support / (energy + ridge).clamp(min=torch.finfo(W.dtype).tiny)
-    gram = X.mT @ X if problem.Omega is None else None
+    P, N = X.shape[-2:]
+    gram = X.mT @ X if problem.Omega is None and N <= P else None
     XW = X @ W
-    R = _residual(problem, XW)
-    far = torch.linalg.matrix_norm(R, keepdim=True)
+    R, far = _residual(problem, XW), _far(problem, XW)
     for _ in range(steps):
         if gram is None:
-            active = (problem.Omega | (R != 0)).to(W)  # type: ignore[operator]
+            active = torch.ones_like(R) if problem.Omega is None else _active(problem, XW, R)
 
             def curvature(D: Tensor, active: Tensor = active) -> Tensor:
                 return support * (X.mT @ (X @ D).mul_(active)).add_(ridge * D)
@@ -63,8 +64,7 @@ def refit(
         with coarse_products(tf32):
             D = _conjugate_gradients(curvature, slope, scale, inner if gram is None else 5 * inner)
         W, XW = _descend(problem, W, XW, D, far)
-        R, before = _residual(problem, XW), far
-        far = torch.linalg.matrix_norm(R, keepdim=True)
+        R, far, before = _residual(problem, XW), _far(problem, XW), far
         if bool((far >= (1 - rtol) * before).all()):
             break
     return W
@@ -74,7 +74,7 @@ def distance(problem: LayerProblem, W: Tensor) -> Tensor:
     """``(*batch, 1, 1)``: dist(XW, K)."""
     far = W.new_zeros(())
     for _, part in problem.blocks():
-        far = torch.hypot(far, norm(_residual(part, part.X @ W)))
+        far = torch.hypot(far, _far(part, part.X @ W))
     return far
 
 
@@ -83,13 +83,33 @@ def _residual(problem: LayerProblem, XW: Tensor) -> Tensor:
     return project_responses(problem, XW) - XW
 
 
+def _far(problem: LayerProblem, XW: Tensor) -> Tensor:
+    """``(*batch, 1, 1)``: dist(XW, K); below a slope, as `project_responses` weighs it."""
+    if problem.Omega is None or problem.rectifier.slope is None:
+        return torch.linalg.matrix_norm(_residual(problem, XW), keepdim=True)
+    beyond = replace(problem, rectifier=Rectifier())
+    T, Z = project_responses(beyond, XW), project_responses(problem, XW)
+    alpha = torch.where(problem.Omega, 0, problem.rectifier.slope)
+    # Z − T = α²(trained − T), and T = XW below the bound
+    below = (Z - T) / alpha.clamp(min=1e-12) + alpha * (T - XW)
+    return torch.hypot(norm((1 - alpha.square()).sqrt() * (T - XW)), norm(below))
+
+
+def _active(problem: LayerProblem, XW: Tensor, R: Tensor) -> Tensor:
+    """``(*batch, P, M)``: what an entry's error counts, 1 on Ω and beyond a bound, α² below it."""
+    assert problem.Omega is not None
+    if (slope := problem.rectifier.slope) is None:
+        return (problem.Omega | (R != 0)).to(XW)
+    return torch.where(problem.Omega | (problem.centre < XW), 1, slope.square()).to(XW)
+
+
 def _descend(problem: LayerProblem, W: Tensor, XW: Tensor, D: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
     """W + tD for the largest t of 1, ½, ¼, … that lowers the distance, in each problem of the batch; else W."""
     XD = problem.X @ D
     taken = torch.zeros_like(far)
     for halvings in range(5):
         t = 0.5**halvings
-        lower = torch.linalg.matrix_norm(_residual(problem, XW + t * XD), keepdim=True) < far
+        lower = _far(problem, XW + t * XD) < far
         taken = torch.where(lower & (taken == 0), t, taken)
         if bool((taken > 0).all()):
             break

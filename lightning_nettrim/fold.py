@@ -1,0 +1,131 @@
+"""Fold: a layer's matrices as what follows it sees them, behind its BatchNorm, and back into its own parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nettrim.flow import Flow
+from lightning_nettrim.layers import Layer, joined
+from lightning_nettrim.rectifier import Rectifier
+
+LEAST = 1e-3
+"""A BatchNorm's scale counts as this fraction of the largest one at least: what it shuts off still has weights."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """u = (XW)·scale + shift + R, then the rectifier: R is what residual sums add.
+
+    A BatchNorm γ(z − μ)/σ + β has scale γ/σ and shift β − μγ/σ. The shift joins the bias in the last row of the matrix,
+    on a column of ones, where there is a parameter that can take it: β, or else the layer's own bias. A bias that may
+    be pruned stays what it is.
+
+    Attributes:
+        layer: whose matrices.
+        scale: ``(groups, 1, M)``.
+        shift: ``(groups, 1, M)``.
+        rectifier: what comes last; ``None`` is nothing.
+        shifted: the parameter that takes a change of the last row, by name, ``None`` where it is the layer's bias.
+        beta: its trained value, ``(groups, 1, M)``.
+        ones: whether there is a last row, on a column of ones.
+        total: whether the last row holds the shift as well.
+        alive: ``(groups, 1, M)`` bool, where the BatchNorm lets anything through.
+    """
+
+    layer: Layer
+    scale: Tensor
+    shift: Tensor
+    rectifier: Rectifier | None
+    shifted: str | None
+    beta: Tensor | None
+    ones: bool
+    total: bool
+    alive: Tensor
+
+    @classmethod
+    def of(cls, layer: Layer, flow: Flow, model: nn.Module, penalize_bias: bool) -> Fold:
+        """What follows a layer, by the parameters that the model has now."""
+        like = layer.matrix()[:, :1]
+        scale, shift = torch.ones_like(like), torch.zeros_like(like)
+        shifted, beta, alive = None, None, torch.ones_like(like, dtype=torch.bool)
+        if flow.norm is not None:
+            norm: Any = model.get_submodule(flow.norm)
+            deviation = (norm.running_var.detach().to(like) + norm.eps).sqrt()
+            gamma = torch.ones_like(deviation) if norm.weight is None else norm.weight.detach().to(like)
+            bias = torch.zeros_like(deviation) if norm.bias is None else norm.bias.detach().to(like)
+            shift = layer.across(bias - norm.running_mean.detach().to(like) * gamma / deviation)
+            scale = layer.across(gamma / deviation)
+            least = LEAST * scale.abs().amax()
+            alive = scale.abs() > least
+            scale = torch.where(alive, scale, torch.where(scale < 0, -1.0, 1.0) * (least if least > 0 else 1.0))
+            if norm.bias is not None and not penalize_bias:
+                shifted, beta = joined(flow.norm, "bias"), layer.across(bias)
+        total = shifted is not None or (layer.bias is not None and not penalize_bias)
+        rectifier = flow.rectifier
+        if rectifier is not None and rectifier.slope is not None:
+            slope = rectifier.slope.to(like)
+            rectifier = replace(rectifier, slope=slope if slope.numel() == 1 else layer.across(slope))
+        ones = total or layer.bias is not None
+        return cls(layer, scale, shift, rectifier, shifted, beta, ones, total, alive)
+
+    @property
+    def written(self) -> list[str]:
+        """Names of the parameters that a solve may change."""
+        own = [self.layer.weight, *([] if self.layer.bias is None else [self.layer.bias])]
+        return [*(joined(self.layer.path, key) for key in own), *([] if self.shifted is None else [self.shifted])]
+
+    @property
+    def free(self) -> bool:
+        """Whether the last row is no weight, and has no penalty."""
+        return self.total
+
+    def fold(self, W: Tensor) -> Tensor:
+        """``(groups, N or N + 1, M)`` from the layer's own matrices."""
+        folded = W * self.scale
+        if self.ones and self.layer.bias is None:
+            folded = torch.cat([folded, torch.zeros_like(self.shift)], -2)
+        if self.total:
+            folded[:, -1:] += self.shift
+        return folded
+
+    def matrix(self) -> Tensor:
+        """The trained weights, folded."""
+        return self.fold(self.layer.matrix())
+
+    def rows(self, X: Tensor) -> Tensor:
+        """``(groups, P, N or N + 1)``: recorded inputs, with the column of ones that the last row needs."""
+        return self.layer.rows(X, self.ones)
+
+    def offset(self, R: Tensor | None) -> Tensor | None:
+        """``(groups, P or 1, M)``: what is added to XW before the rectifier; ``None`` is nothing."""
+        residual = None if R is None else self.layer.columns(R)
+        if self.total or not bool(self.shift.any()):
+            return residual
+        return self.shift if residual is None else residual + self.shift
+
+    def answer(self, Z: Tensor, R: Tensor | None) -> Tensor:
+        """``(groups, P, M)``: the response to recorded outputs."""
+        U = self.layer.columns(Z).mul_(self.scale).add_(self.shift)
+        if R is not None:
+            U.add_(self.layer.columns(R))
+        return U if self.rectifier is None else self.rectifier(U)
+
+    def parameters(self, W: Tensor) -> dict[str, Tensor]:
+        """Folded matrices as parameters of the model, by name; `fold` turned round."""
+        layer = self.layer
+        own = W[:, : layer.inputs] / self.scale
+        if layer.bias is None:
+            values = layer.parameters(own)
+        else:
+            trained = layer.matrix()[:, -1:]
+            row = W[:, -1:] - self.shift if self.total else W[:, -1:]
+            values = layer.parameters(torch.cat([own, trained if self.shifted is not None else row / self.scale], -2))
+        if self.shifted is not None:
+            assert self.beta is not None
+            before = self.fold(layer.matrix())[:, -1:]
+            values[self.shifted] = torch.where(self.alive, self.beta + W[:, -1:] - before, self.beta).flatten()
+        return values

@@ -1,0 +1,80 @@
+"""The two matrices of ``nn.MultiheadAttention``, whose inputs no hook of a Linear sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lightning_nettrim.layers.base import Layer, Seen
+
+
+class InProjection(Layer):
+    """The queries, keys and values of self-attention: three matrices of one input, side by side."""
+
+    @property
+    def inputs(self) -> int:
+        """The embedding's size."""
+        return self.parameter.shape[1]
+
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Seen:
+        """Rows of the query; the outputs are computed for the rows asked for.
+
+        Raises:
+            ValueError: if query, key and value are not one tensor.
+        """
+        x, *others = _operands(args, kwargs)
+        if any(other is not x for other in others):
+            raise ValueError(
+                f"{self.name}: expected self-attention, where query, key and value are one tensor, got several:"
+                " ignore this layer"
+            )
+        bias = None if self.bias is None else self.module.get_parameter(self.bias)
+        return Seen(
+            x.numel() // x.shape[-1],
+            lambda i: self.lay(x, i),
+            lambda i: F.linear(self.lay(x, i), self.parameter, bias).detach(),
+            None,
+        )
+
+
+class OutProjection(Layer):
+    """What follows the heads; its input is what the attention answers with the identity in its place."""
+
+    module: nn.MultiheadAttention
+
+    @property
+    def inputs(self) -> int:
+        """The embedding's size."""
+        return self.parameter.shape[1]
+
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Seen:
+        """Rows of the heads' answers and of the output."""
+        heads = None
+
+        def inputs(positions: Tensor) -> Tensor:
+            nonlocal heads
+            if heads is None:
+                heads = self._heads(args, kwargs)
+            return self.lay(heads, positions)
+
+        answer = output[0]
+        return Seen(answer.numel() // answer.shape[-1], inputs, lambda i: self.lay(answer, i), answer)
+
+    def _heads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The attention without its last matrix, past any hooks."""
+        last, weight, bias = self.module.out_proj, self.module.out_proj.weight, self.module.out_proj.bias
+        try:
+            last.weight = nn.Parameter(torch.eye(len(weight)).to(weight), requires_grad=False)
+            last.bias = None if bias is None else nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+            return self.module.forward(*args, **kwargs)[0]
+        finally:
+            last.weight, last.bias = weight, bias
+
+
+def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Query, key and value."""
+    given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+    return [given[name] for name in ("query", "key", "value")]

@@ -1,0 +1,149 @@
+"""What a layer is to a pruner: matrices with a bias, and positions at which rows of inputs become rows of outputs."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """One call of a layer, of which only the asked-for positions are ever laid out as rows.
+
+    Attributes:
+        count: positions.
+        inputs: ``(n,)`` positions to ``(n, groups·N)`` rows of inputs, without the bias column.
+        outputs: ``(n,)`` positions to ``(n, groups·M)`` rows of outputs, before anything that follows.
+        tensor: the output itself, by which what follows is found; ``None`` where no hook sees it.
+    """
+
+    count: int
+    inputs: Callable[[Tensor], Tensor]
+    outputs: Callable[[Tensor], Tensor]
+    tensor: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class Layer(ABC):
+    """The weights of one or more modules, as ``groups`` matrices of ``inputs`` by ``outputs``.
+
+    Attributes:
+        path: name of the module in the model.
+        module: whose forward pass is listened to.
+        weight: where its weight lies in the module.
+        bias: the same of its bias; ``None`` where it has none.
+        partners: the same layer of other modules that have the very same parameters.
+    """
+
+    path: str
+    module: nn.Module
+    weight: str = "weight"
+    bias: str | None = "bias"
+    partners: tuple[Layer, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The module's, and what of it the weight is."""
+        return joined(self.path, self.weight.removesuffix("weight").rstrip("._"))
+
+    @property
+    def groups(self) -> int:
+        """Matrices."""
+        return 1
+
+    @property
+    @abstractmethod
+    def inputs(self) -> int:
+        """N of each matrix."""
+
+    @property
+    def outputs(self) -> int:
+        """M of each matrix."""
+        return self.parameter.numel() // (self.groups * self.inputs)
+
+    @property
+    def parameter(self) -> Tensor:
+        """The weight, in the module's own form."""
+        return self.module.get_parameter(self.weight)
+
+    @property
+    def kind(self) -> str:
+        """The class of the module."""
+        return type(self.module).__name__
+
+    @abstractmethod
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Seen:
+        """One call of the module, as its hook gets it."""
+
+    def channels(self, output: Tensor) -> bool:
+        """Whether the second dimension of the output is that of the layer's outputs."""
+        return output.dim() == 2
+
+    def lay(self, output: Tensor, positions: Tensor) -> Tensor:
+        """``(n, groups·M)``: rows of a tensor that lies as the output does."""
+        return output.detach().reshape(-1, output.shape[-1])[positions.to(output.device)]
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """``(groups, N, M)`` from the weight's own form."""
+        return weight.reshape(self.groups, self.outputs, self.inputs).mT
+
+    def from_matrix(self, W: Tensor) -> Tensor:
+        """The weight's own form; `to_matrix` turned round."""
+        return W.mT.reshape(self.parameter.shape)
+
+    def matrix(self) -> Tensor:
+        """``(groups, N, M)`` weights, or ``(groups, N + 1, M)`` with the bias as the last row; a copy."""
+        W = self.to_matrix(self.parameter.detach())
+        if self.bias is not None:
+            W = torch.cat([W, self.across(self.module.get_parameter(self.bias).detach())], -2)
+        return W.to(solve_dtype(W.dtype), copy=True)
+
+    def across(self, values: Tensor) -> Tensor:
+        """``(groups, 1, M)`` of one value for each output."""
+        return values.reshape(self.groups, 1, self.outputs)
+
+    def parameters(self, W: Tensor) -> dict[str, Tensor]:
+        """The matrices as the module's own parameters, under their names in the model; `matrix` turned round."""
+        parts = {joined(self.path, self.weight): self.from_matrix(W[:, : self.inputs])}
+        if self.bias is not None:
+            parts[joined(self.path, self.bias)] = W[:, -1].reshape(-1)
+        return parts
+
+    def rows(self, X: Tensor, ones: bool) -> Tensor:
+        """``(groups, P, N)`` or, with a column of ones, ``(groups, P, N + 1)``, in the solve's dtype."""
+        X = X.to(solve_dtype(X.dtype)).unflatten(-1, (self.groups, self.inputs)).movedim(-2, 0)
+        return torch.cat([X, X.new_ones(*X.shape[:-1], 1)], -1) if ones else X.contiguous()
+
+    def columns(self, Z: Tensor) -> Tensor:
+        """``(groups, P, M)`` from ``(P, groups·M)``, in the solve's dtype."""
+        Z = Z.to(solve_dtype(Z.dtype)).unflatten(-1, (self.groups, self.outputs))
+        return Z.movedim(-2, 0).contiguous()
+
+
+class Linear(Layer):
+    """``nn.Linear``: every position of the leading dimensions is a row."""
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of a neuron."""
+        return self.parameter.shape[1]
+
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Seen:
+        """Rows of the input and of the output."""
+        x = args[0] if args else kwargs["input"]
+        return Seen(output.numel() // output.shape[-1], lambda i: self.lay(x, i), lambda i: self.lay(output, i), output)
+
+
+def joined(*parts: str) -> str:
+    """Dotted, without the empty ones."""
+    return ".".join(part for part in parts if part)
+
+
+def solve_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything else."""
+    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,0 +1,209 @@
+"""Select: which layers of a model can be pruned, by which keys, and why the others cannot."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TypeVar
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils.parametrize import is_parametrized
+
+from lightning_nettrim.layers.attention import InProjection, OutProjection
+from lightning_nettrim.layers.base import Layer, Linear, joined
+from lightning_nettrim.layers.conv import Conv, ConvTranspose
+
+T = TypeVar("T")
+
+
+def refuse_unusable(model: nn.Module) -> None:
+    """Raise for a model that cannot be pruned in place.
+
+    Raises:
+        ValueError: for compiled modules and for parameters on the meta device.
+    """
+    for name, module in model.named_modules():
+        compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        if compiled:
+            raise ValueError(
+                f"{name or type(module).__name__}: expected an eager module, got a compiled one, through which hooks do"
+                " not fire: prune first and compile afterwards (a wrapper of torch.compile holds it as `_orig_mod`)"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name}: expected weights in memory, got the meta device: materialise the model first")
+
+
+def prunable(
+    model: nn.Module, targets: Sequence[str] | None = None, ignore: Sequence[str] | None = None
+) -> tuple[dict[str, Layer], dict[str, str]]:
+    """The layers to prune by name, and the reason for each layer with a weight matrix that is left alone.
+
+    Modules that share all their parameters are one layer, by the name of the first.
+
+    Args:
+        model: any module.
+        targets: names, globs, ``re:`` patterns or class names; ``None`` is every layer that can be pruned.
+        ignore: the same, taken away from the targets.
+
+    Returns:
+        ``{name: layer}`` and ``{name: reason}``.
+
+    Raises:
+        ValueError: for a key that matches nothing, for NaN or integer weights, and where no layer is left.
+    """
+    candidates, kinds = _candidates(model)
+    wanted = kinds if targets is None else _matching("targets", targets, kinds)
+    unwanted = {} if ignore is None else _matching("ignore", ignore, kinds)
+    layers: dict[str, Layer] = {}
+    skipped: dict[str, str] = {}
+    for name, candidate in candidates.items():
+        if name not in wanted:
+            skipped[name] = "not among the targets"
+        elif name in unwanted:
+            skipped[name] = "ignored"
+        elif isinstance(candidate, str):
+            skipped[name] = candidate
+        else:
+            _refuse_weights(name, candidate)
+            layers[name] = candidate
+    if not layers:
+        found = "; ".join(f"{name or '(the model)'}: {reason}" for name, reason in skipped.items())
+        raise ValueError(
+            f"expected at least one layer to prune, got none ({found or 'no weight matrix'}): change targets or ignore"
+        )
+    return layers, skipped
+
+
+def _candidates(model: nn.Module) -> tuple[dict[str, Layer | str], dict[str, nn.Module]]:
+    """Every layer with a weight matrix, or why it cannot be pruned, and the module of each; both by name."""
+    candidates: dict[str, Layer | str] = {}
+    kinds: dict[str, nn.Module] = {}
+    parts = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    for path, module in model.named_modules():
+        if _has_matrix(module) and id(module) not in parts:
+            for name, candidate in _layers_of(path, module):
+                candidates[name], kinds[name] = candidate, module
+    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    for path, module in model.named_modules():
+        for key, parameter in module.named_parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append((joined(path, key), module))
+    for name, layer in list(candidates.items()):
+        current = candidates[name]
+        if isinstance(layer, str) or isinstance(current, str):
+            continue
+        twins = [
+            other
+            for key, other in candidates.items()
+            if key != name and isinstance(other, Layer) and other.parameter is layer.parameter
+        ]
+        names = [key for key, _ in owners[id(layer.parameter)]]
+        if len(twins) + 1 < len(names) or any(not _alike(layer, twin) for twin in twins):
+            candidates[name] = f"its weight is shared ({', '.join(names)})"
+        elif twins:
+            candidates[name] = replace(layer, partners=tuple(twins))
+            candidates |= {twin.name: f"it is the same layer as {name}, and solved with it" for twin in twins}
+    return candidates, kinds
+
+
+def _layers_of(path: str, module: nn.Module) -> Iterator[tuple[str, Layer | str]]:
+    """The layers of one module by name, or why they cannot be pruned."""
+    kind = type(module).__name__
+    bias = None if getattr(module, "bias", None) is None else "bias"
+    if is_parametrized(module):
+        yield path, f"its {kind} weight is parametrized: remove the parametrization first"
+    elif any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+        yield path, "its weight is not initialised: run one batch first"
+    elif isinstance(module, nn.MultiheadAttention):
+        if module.in_proj_weight is None:
+            yield joined(path, "in_proj"), "its queries, keys and values have matrices of their own"
+        else:
+            whole = InProjection(
+                path, module, "in_proj_weight", None if module.in_proj_bias is None else "in_proj_bias"
+            )
+            yield whole.name, whole
+        last = OutProjection(path, module, "out_proj.weight", None if module.out_proj.bias is None else "out_proj.bias")
+        yield last.name, last
+    elif isinstance(module, nn.Linear):
+        yield path, Linear(path, module, bias=bias)
+    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        yield path, Conv(path, module, bias=bias)
+    elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        yield path, ConvTranspose(path, module, bias=bias)
+    elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
+        yield path, f"{kind} feeds its answers back, so that an error grows from step to step unseen by its inputs"
+    elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        yield path, f"{kind} looks its rows up: there is no product to sparsify"
+    else:
+        yield path, f"{kind} has parameters of its own that are no Linear's, convolution's or MultiheadAttention's"
+
+
+def _alike(layer: Layer, twin: Layer) -> bool:
+    """Whether two layers with one weight have the same bias too, and the same matrices."""
+    if type(layer) is not type(twin) or (layer.bias is None) != (twin.bias is None) or layer.groups != twin.groups:
+        return False
+    if layer.bias is None or twin.bias is None:
+        return True
+    return layer.module.get_parameter(layer.bias) is twin.module.get_parameter(twin.bias)
+
+
+def per_layer_options(
+    options: Mapping[str, Mapping[str, T]] | None, layers: Mapping[str, Layer]
+) -> dict[str, dict[str, T]]:
+    """Overrides by layer name; keys are those of `prunable`, and of two that match one layer the later wins.
+
+    Raises:
+        ValueError: for a key that matches nothing.
+    """
+    chosen: dict[str, dict[str, T]] = {name: {} for name in layers}
+    modules = {name: layer.module for name, layer in layers.items()}
+    for key, values in (options or {}).items():
+        for name in _matching("per_layer", [key], modules):
+            chosen[name].update(values)
+    return chosen
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether the module itself owns a parameter of two or more dimensions (initialised or not)."""
+    if is_parametrized(module):
+        return True
+    own = [p for p in module._parameters.values() if p is not None]
+    return any(is_lazy(p) or p.dim() > 1 for p in own) or _is_quantized(module)
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return "quantized" in type(module).__module__ or (
+        isinstance(module, nn.Linear) and isinstance(weight, Tensor) and not weight.is_floating_point()
+    )
+
+
+def _refuse_weights(name: str, layer: Layer) -> None:
+    for parameter in (layer.parameter, *([] if layer.bias is None else [layer.module.get_parameter(layer.bias)])):
+        if not parameter.is_floating_point():
+            raise ValueError(f"{name}: expected floating-point weights, got {parameter.dtype}: ignore this layer")
+        if not bool(parameter.isfinite().all()):
+            raise ValueError(f"{name}: expected finite weights, got NaN or Inf: the training has diverged")
+
+
+def _matching(argument: str, keys: Sequence[str], layers: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for key in [keys] if isinstance(keys, str) else keys:
+        hits = {name: module for name, module in layers.items() if _matches(key, name, module)}
+        if not hits:
+            kinds = {type(module).__name__ for module in layers.values()}
+            near = difflib.get_close_matches(key, [*layers, *kinds], n=3, cutoff=0.3) or list(layers)[:3]
+            raise ValueError(f"{argument}: {key!r} matches no layer: the nearest are {', '.join(map(repr, near))}")
+        found |= hits
+    return found
+
+
+def _matches(key: str, name: str, module: nn.Module) -> bool:
+    if key.startswith("re:"):
+        return re.fullmatch(key[3:], name) is not None
+    classes = {cls.__name__ for cls in type(module).__mro__ if cls not in (nn.Module, object)}
+    return key == name or key in classes or fnmatch.fnmatchcase(name, key)
