@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import convex, oneshot
+from benchmarks import convex, networks, oneshot
 from benchmarks.peers import Unavailable
 from benchmarks.picture import draw, draw_accuracy
 from benchmarks.report import Row, header, line, titles, write
@@ -21,8 +21,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: of the command line; this process's if not given.
     """
     settings = vars(_parser().parse_args(arguments))
-    if settings.pop("benchmark") == "oneshot":
+    benchmark = settings.pop("benchmark")
+    if benchmark == "oneshot":
         _oneshot(oneshot.Settings(**{**settings, "budgets": tuple(settings["budgets"])}))
+        return
+    if benchmark == "networks":
+        several = {name: tuple(settings[name]) for name in ("networks", "budgets")}
+        _networks(networks.Settings(**{**settings, **several}))
         return
     sections = settings.pop("sections")
     _convex(sections, convex.Settings(**{**settings, "layers": tuple(settings["layers"])}))
@@ -60,6 +65,16 @@ def _oneshot(settings: oneshot.Settings) -> None:
         print(reason)
 
 
+def _networks(settings: networks.Settings) -> None:
+    print(header("CPU"))
+    rows: list[networks.Row] = []
+    for row in networks.rows(settings):
+        rows.append(row)
+        write(rows, settings.out / "networks.csv")
+        print(f"{row.network:8} {row.budget:4} {row.method:20} {row.accuracy:6.2f} %  {row.seconds:6.2f} s", flush=True)
+    print("\n" + networks.table(rows))
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     commands = parser.add_subparsers(dest="benchmark", required=True)
@@ -86,6 +101,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=int, default=basic.epochs, help="of training (default %(default)s)")
     command.add_argument("--samples", type=int, default=basic.samples, help="images (default %(default)s)")
     command.add_argument("--budgets", nargs="+", default=[*basic.budgets], help="sparsities and n:m patterns")
+    command = commands.add_parser("networks", help="the networks of the recipes, by every method")
+    small = networks.Settings()
+    command.add_argument("--data", help="folder of MNIST; $NETTRIM_DATA or ./data if not given")
+    command.add_argument("--out", type=Path, default=small.out, help="folder of the results (default %(default)s)")
+    command.add_argument("--alps", type=Path, help="folder of a clone of github.com/mazumder-lab/ALPS")
+    command.add_argument("--networks", nargs="+", default=[*small.networks], choices=[*small.networks])
+    command.add_argument("--epochs", type=int, help="of training; those of the recipes if not given")
+    command.add_argument("--samples", type=int, default=small.samples, help="images (default %(default)s)")
+    command.add_argument("--budgets", type=float, nargs="+", default=[*small.budgets], help="sparsities")
     return parser
 
 

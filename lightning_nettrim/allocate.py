@@ -75,6 +75,14 @@ def by_magnitude(weights: Mapping[str, Tensor], total: int, bounds: Bounds) -> d
     return _balanced(at, (0.0, float(len(order))), total, bounds)
 
 
+def halfway(one: Mapping[str, int], other: Mapping[str, int], total: int, bounds: Bounds) -> dict[str, int]:
+    """Weights kept of each layer: in proportion to the geometric mean of two allocations."""
+    middle = {name: math.sqrt(max(one[name], 1) * max(other[name], 1)) for name in one}
+    return _balanced(
+        lambda t: {name: math.exp(t) * size for name, size in middle.items()}, (-20.0, 20.0), total, bounds
+    )
+
+
 def _balanced(
     choose: Callable[[float], Mapping[str, float]], limits: tuple[float, float], total: int, bounds: Bounds
 ) -> dict[str, int]:

@@ -32,6 +32,11 @@ class Tape:
     R: Tensor | None
     seen: int
 
+    @property
+    def rows(self) -> int:
+        """P."""
+        return next(len(t) for t in (self.X, self.Z) if t is not None)
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:

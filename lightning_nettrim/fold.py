@@ -15,6 +15,9 @@ from lightning_nettrim.rectifier import Rectifier
 LEAST = 1e-3
 """A BatchNorm's scale counts as this fraction of the largest one at least: what it shuts off still has weights."""
 
+FLATTEST = 1e-6
+"""Least slope of a rectifier that has slopes: its answers still say what they were given."""
+
 
 @dataclass(frozen=True, eq=False)
 class Fold:
@@ -67,7 +70,7 @@ class Fold:
         total = shifted is not None or (layer.bias is not None and not penalize_bias)
         rectifier = flow.rectifier
         if rectifier is not None and rectifier.slope is not None:
-            slope = rectifier.slope.to(like)
+            slope = rectifier.slope.to(like).clamp(min=FLATTEST)
             rectifier = replace(rectifier, slope=slope if slope.numel() == 1 else layer.across(slope))
         ones = total or layer.bias is not None
         return cls(layer, scale, shift, rectifier, shifted, beta, ones, total, alive)

@@ -41,6 +41,8 @@ class LayerProblem:
         penalty: ``(N,)`` weights λ ≥ 0 of the ℓ1 norm, row by row; 0 is a free row (the bias), ``None`` is all ones.
         sparsity: fraction of zeros asked of the penalised rows, in [0, 1); ``None`` where ``epsilon`` decides.
         pattern: of those zeros.
+        anchor: how strongly the methods that are not convex hold to the trained weights, by ½·anchor·Σ‖Xₙ‖²(W − W₀)²ₙₘ
+            beside the distance: for few samples, which a fit would answer to alone.
         groups: so many neighbours in the batch are the groups of one layer and share its zeros: their matrices, side by
             side, are that layer's N inputs by groups·M outputs.
 
@@ -59,6 +61,7 @@ class LayerProblem:
     penalty: Tensor | None = None
     sparsity: float | None = None
     pattern: Pattern = Pattern()
+    anchor: float = 0.0
     groups: int = 1
 
     @property

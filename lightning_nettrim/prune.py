@@ -31,8 +31,18 @@ log = logging.getLogger(__name__)
 GAMMA = 1.1
 """Slack γ of the cascade's ball, ε² ≥ γ‖(XW − Y)_Ω‖², which keeps the trained weights feasible [Aghasi et al. 2020]."""
 
+ANCHOR = 1e-2
+"""How strongly weights are held to the trained ones where there are as few samples as inputs.
+
+A fit of few samples answers to them alone, and to all other inputs with whatever weights that takes; through the layers
+of a deep network this explodes.
+"""
+
 PROBE = 1024
 """Inputs, about, on which the effect of a layer on the network is measured."""
+
+REHEARSAL = 2048
+"""Inputs, about, on which an allocation is rehearsed."""
 
 QUICK = Cardinality(steps=30, parts=4)
 """By which a layer's curve is measured."""
@@ -83,6 +93,7 @@ class Pruner:
         self._curves: dict[str, Curve] = {}
         self._states: dict[str, Any] = {}  # of the last solve on a layer's trained signal
         self._current = "choosing budgets"
+        self._rehearsal: Pruner | None = None
         with evaluating(model):
             self.trained = self.signals.answers()
             self._reading = self.signals.importance(self.weights()) if importance == "outgoing" else {}
@@ -140,6 +151,7 @@ class Pruner:
                 chained &= self._plain(name)
                 tapes = self.signals.tapes(*([before] if chained and before is not None else []), name)
                 trained_signal = self.scheme == "parallel" or before is None
+                self._expect_calls(name, tapes.get(name))
                 problem = self.pose(name, tapes[name], budgets[name], trained_signal)
                 solution, W, values = self._solve(name, problem, budgets[name], trained_signal)
                 pruned |= values
@@ -163,8 +175,11 @@ class Pruner:
                     self._recalibrate(budgets, name)
             kept = [name for name in self._norms if self._is_part(budgets, name)]
             mask.swap(self.model, norms.moved(self.model, kept, self.signals.held))
-            answers = self.signals.answers()
-        distances = {name: _length(answers[name] - self.trained[name]) for name in answers}
+            tapes = self.signals.tapes(*self.todo.layers, inputs=False)
+            distances = {}
+            for name in self.todo.layers:
+                self._expect_calls(name, tapes.get(name))
+                distances[name] = _length(self.signals.answer(name, tapes[name]) - self.trained[name])
         sizes = {name: _length(self.trained[name]) for name in self.trained}
         parameters = dict(self.model.named_parameters())
         return TrimResult(
@@ -178,6 +193,21 @@ class Pruner:
             response_norm=sizes[self._last],
             seconds=time.perf_counter() - start,
         )
+
+    def rehearsed(self, budgets: Mapping[str, Budget]) -> float:
+        """How much the network's output changes at these budgets, by a quick `Cardinality` on part of the inputs."""
+        self._current = "rehearsing an allocation"
+        if self._rehearsal is None:
+            self.restore()
+            part = self.signals.probe(REHEARSAL)
+            self._rehearsal = Pruner(
+                self.model, self.todo, part.held, self.scheme, QUICK, min(REHEARSAL, part.num_samples), part.seed,
+                self.penalize_bias, "outgoing" if self._reading else "equal", bool(self._norms),
+            )  # fmt: skip
+        try:
+            return self._rehearsal.prune(budgets).discrepancy
+        finally:
+            self.restore()
 
     def curves(self, names: Sequence[str]) -> dict[str, Curve]:
         """What it costs to prune each of these layers alone, in its pattern, by a quick `Cardinality` and refit."""
@@ -218,17 +248,9 @@ class Pruner:
         and takes V = max(XW, 0) for its ceiling: what is below zero off Ω is zero after the ReLU, so the paper's V = XW
         would only forbid answers that are as good. Other methods answer as the trained layer did. A slope has no place
         in the convex program: there the response is linear.
-
-        Raises:
-            ValueError: if the layer was not called as often as in the trained network.
         """
         fold, Y = self.folds[name], self.trained[name]
         X, offset = self.signals.inputs(name, tape), self.signals.offset(name, tape)
-        if X.shape[1] != Y.shape[1]:
-            raise ValueError(
-                f"{name}: expected to be called as in the trained network, on {Y.shape[1]} rows, got {X.shape[1]}: the"
-                " data decide whether it is called; ignore it, or set scheme='parallel'"
-            )
         convex, rectifier = self.solver_of(wanted).convex, fold.rectifier
         if convex and rectifier is not None and rectifier.slope is not None:
             Y, rectifier = torch.where(Y > 0, Y, Y / rectifier.slope.clamp(min=1e-12)), None
@@ -242,6 +264,7 @@ class Pruner:
             offset=None if offset is None else offset.expand_as(Y),
             penalty=torch.cat([X.new_ones(fold.layer.inputs), X.new_zeros(1)]) if fold.free else None,
             pattern=Pattern(wanted.pattern),
+            anchor=_anchor(*X.shape[1:]),
             groups=fold.layer.groups,
         )
         norm = torch.linalg.matrix_norm(Y)
@@ -317,6 +340,15 @@ class Pruner:
             for name, flow in self.todo.flows.items()
         )
 
+    def _expect_calls(self, name: str, tape: Tape | None) -> None:
+        """Raise ValueError unless a layer saw as many rows as in the trained network."""
+        rows, trained = 0 if tape is None else tape.rows, self.trained[name].shape[1]
+        if rows != trained:
+            raise ValueError(
+                f"{name}: expected to be called as in the trained network, on {trained} rows, got {rows}: the network"
+                " decides by its signals whether to call it; ignore it"
+            )
+
     def _trained_values(self, name: str) -> dict[str, Tensor]:
         """The parameters of a layer, and of what follows it, as trained."""
         return {key: self.dense[key] for key in self.folds[name].written}
@@ -356,6 +388,12 @@ def _state(model: nn.Module, norm: str) -> list[tuple[str, Tensor]]:
 def method(solver: Solver | None, epsilon: float | None) -> Solver:
     """The solver that was asked for; else `Cardinality` or, at a radius, `ADMM`."""
     return solver or (Cardinality() if epsilon is None else ADMM())
+
+
+def _anchor(P: int, N: int) -> float:
+    """ANCHOR·(N/P)⁸: nothing to speak of from four samples for each input on."""
+    held = min(ANCHOR * (N / P) ** 8, 1e4)
+    return held if held > 1e-7 else 0.0
 
 
 def relative_error(problem: LayerProblem, W: Tensor) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -70,8 +70,9 @@ def trim(
         relative: ``max_drop`` is a fraction of the trained model's metric.
         pattern: of the zeros: ``unstructured``, ``per_neuron``, ``n:m``, ``neuron`` or ``rxc``; see `Pattern`.
         allocate: how the zeros are spread over the layers without a budget of their own: ``uniform``, the same sparsity
-            in each; ``global``, where they change the network's output least; ``epsilon``, to one relative response
-            error; ``magnitude``, where the smallest weights of all are. The total is exact for single weights.
+            in each; ``global``, where they change the network's output least, by each layer's own effect, by magnitude
+            or halfway, whichever does best in a quick rehearsal; ``epsilon``, to one relative response error;
+            ``magnitude``, where the smallest weights of all are. The total is exact for single weights.
         importance: what a neuron's error counts in `Cardinality`: ``outgoing``, as the next layer's weights read it, or
             ``equal``.
         scheme: ``"cascade"`` solves layer after layer on the pruned network's signals, so that a layer makes up for the
@@ -151,8 +152,25 @@ def budgets(pruner: Pruner, allocate: Allocation, sparsity: float | None) -> dic
     elif allocate == "epsilon":
         kept = spread.common_error(pruner.curves(list(sizes)), total, bounds)
     else:
-        tilt = COMPENSATION if pruner.scheme == "cascade" else 0.0
-        kept = spread.marginal_error(pruner.curves(list(sizes)), total, bounds, tilt)
+        return min(_candidates(pruner, sizes, total, bounds), key=pruner.rehearsed)
+    return _with(pruner, sizes, kept)
+
+
+def _candidates(
+    pruner: Pruner, sizes: Mapping[str, int], total: int, bounds: spread.Bounds
+) -> Iterator[dict[str, Budget]]:
+    """By marginal effect, which takes layers one at a time; by magnitude; and halfway.
+
+    Layers of a residual block that can each be spared, but not together, are what the first of them is wrong about.
+    """
+    tilt, weights = COMPENSATION if pruner.scheme == "cascade" else 0.0, pruner.weights()
+    by_effect = spread.marginal_error(pruner.curves(list(sizes)), total, bounds, tilt)
+    by_size = spread.by_magnitude({name: weights[name] for name in sizes}, total, bounds)
+    for kept in (by_effect, by_size, spread.halfway(by_effect, by_size, total, bounds)):
+        yield _with(pruner, sizes, kept)
+
+
+def _with(pruner: Pruner, sizes: Mapping[str, int], kept: Mapping[str, int]) -> dict[str, Budget]:
     own = pruner.todo.budgets
     return own | {name: replace(own[name], sparsity=1 - kept[name] / size) for name, size in sizes.items()}
 

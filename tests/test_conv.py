@@ -90,7 +90,7 @@ def test_rows_times_the_matrix_are_the_convolution(name):
 @pytest.mark.parametrize("name", GEOMETRIES)
 def test_the_solution_is_that_of_the_unfolded_layer(name):
     net = nn.Sequential(module(name), nn.ReLU())
-    x = images(net[0], 6)
+    x = images(net[0], 80)
     X, W = by_hand(net[0], x)
     G, _, M = W.shape
     penalty = None
@@ -183,3 +183,12 @@ def test_groups_choose_together():
     apart = refit(problem, solution)
     assert not bool((together[~mask] != 0).any())
     assert torch.equal(together != 0, torch.block_diag(*apart) != 0)
+
+
+def test_groups_without_any_signal_share_the_zeros_too():
+    net = nn.Sequential(nn.Conv2d(6, 6, 3, groups=6), nn.ReLU())
+    x = torch.randn(20, 6, 6, 6)
+    x[:, 2:4] = 0
+    trim(net, [x], sparsity=0.5)
+    assert int((net[0].weight == 0).sum()) == 27
+    assert bool(net[0].weight.isfinite().all())

@@ -28,8 +28,8 @@ class NetTrim(Callback):
     """Prunes the trained network without retraining it, and shows it beside the dense one.
 
     After ``fit``, on the training device, every Linear, convolution and attention gets sparse weights that answer as
-    the trained ones did, behind the BatchNorm, the residual sum and the ReLU that follow. A ``validate`` of a network that
-    is not pruned yet prunes it first, so that a checkpoint can be pruned without training. The result is
+    the trained ones did, behind the BatchNorm, the residual sum and the ReLU that follow. A ``validate`` of a network
+    that is not pruned yet prunes it first, so that a checkpoint can be pruned without training. The result is
     `callback.result`, and ``<log_dir>/nettrim/`` holds ``pruned.ckpt``, an ordinary Lightning checkpoint with the same
     keys, and ``report.json``.
 
@@ -45,8 +45,8 @@ class NetTrim(Callback):
         pattern: of the zeros: ``unstructured``, ``per_neuron``, ``n:m`` as ``2:4``, ``neuron``, or blocks of outputs by
             inputs as ``4x4``.
         allocate: how the zeros are spread over the layers without a budget of their own: ``global``, where they change
-            the network's output least; ``uniform``; ``epsilon``, to one relative response error; ``magnitude``, where
-            the smallest weights of all are. The total is exact for single weights.
+            the network's output least in a quick rehearsal; ``uniform``; ``epsilon``, to one relative response error;
+            ``magnitude``, where the smallest weights of all are. The total is exact for single weights.
         importance: what a neuron's error counts: ``outgoing``, as the next layer's weights read it, or ``equal``.
         scheme: ``cascade`` solves layer after layer on the pruned network's signals, ``parallel`` on the trained ones.
         solver: the method; if not given, Cardinality at a sparsity, and ADMM, the convex program, at an epsilon.

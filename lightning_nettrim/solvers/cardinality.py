@@ -32,8 +32,9 @@ class Spectrum(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
-        """``(B, 1, 1)``: the mean eigenvalue of H."""
-        return self.values.sum(-1, keepdim=True) / self.scale.shape[-2]
+        """``(B, 1, 1)``: the mean eigenvalue of H; 1 where all inputs are dead."""
+        mean = self.values.sum(-1, keepdim=True) / self.scale.shape[-2]
+        return torch.where(mean > 0, mean, 1)
 
     def inverse(self, rho: Tensor) -> Callable[[Tensor], Tensor]:
         """What multiplies by (H + ρ)⁻¹: Q(Λ + ρ)⁻¹Qᵀ or, at a lower rank, (1 − QΛ(Λ + ρ)⁻¹Qᵀ)/ρ."""
@@ -115,6 +116,7 @@ class Cardinality(Solver):
         images = [_image(problem, part, problem.W) for part in rows]
         total = torch.stack(images).sum(0)  # XᵀT
         W = scale * problem.W[:, heavy]
+        trained = problem.anchor * W
         S = torch.where(problem.choose(W.square(), kept), W, 0)
         U, rest = torch.zeros_like(W), S
         rho, growth = self.first * spectrum.mean, self._growth()
@@ -128,8 +130,8 @@ class Cardinality(Solver):
         for step in range(self.steps):
             with coarse_products(self.tf32):
                 if step % 3 == 0:
-                    inverse = spectrum.inverse(rho)
-                b = unscale * (total[:, heavy] - across.mT @ total[:, free])
+                    inverse = spectrum.inverse(rho + problem.anchor)
+                b = unscale * (total[:, heavy] - across.mT @ total[:, free]) + trained
                 W = inverse((S - U).mul_(rho).add_(b))  # W-update
                 U += W
                 S = torch.where(problem.choose(U.square(), kept), U, 0)  # S-update
@@ -158,17 +160,22 @@ def _or_magnitude(problem: LayerProblem, W: Tensor) -> Tensor:
     """
     largest = project_pattern(problem, problem.W)
     penalised = problem.weights > 0
-    shared = (((W != 0) & (largest != 0)) & penalised).sum((-2, -1))
+
+    def whole(values: Tensor) -> Tensor:
+        """``(B, 1, 1)``: the sum over the groups of each layer, whose zeros are shared."""
+        return values.reshape(-1, problem.groups).sum(1).repeat_interleave(problem.groups)[:, None, None]
+
+    shared = whole((((W != 0) & (largest != 0)) & penalised).sum((-2, -1)))
     alike = 4 * shared >= 3 * problem.nonzeros
     if not bool(alike.any()):
         return W
     largest = refit(problem, largest, steps=1, inner=10)
-    near = distance(problem, W) > 0.5 * distance(problem, largest)
+    near = whole(distance(problem, W).square()) > 0.25 * whole(distance(problem, largest).square())
     if not bool(near.any()):
         return W
     largest, fitted = refit(problem, largest, steps=3, inner=10), refit(problem, W, steps=3, inner=10)
-    better = distance(problem, largest) < distance(problem, fitted)
-    return torch.where(better & near & alike[:, None, None], largest, W)
+    better = whole(distance(problem, largest).square()) < whole(distance(problem, fitted).square())
+    return torch.where(better & near & alike, largest, W)
 
 
 def spectrum_of(problem: LayerProblem) -> Spectrum:

@@ -26,7 +26,7 @@ def refit(
     Semismooth Newton: on the active set A = Ω ∪ {XW > V} the masked normal equations
     mask∘(Xᵀ(A∘(Xp)) + λp), λ a trace of damping, are solved by conjugate gradients with a Jacobi preconditioner to a
     twentieth of their right-hand side, all neurons at once, each step halved until the distance falls. A linear
-    response has A everywhere and needs only the Gram matrix.
+    response has A everywhere and needs only the Gram matrix. The problem's anchor counts as distance.
 
     Args:
         problem: the layer's program; ``epsilon`` is not used.
@@ -43,12 +43,13 @@ def refit(
     X = problem.X
     support = ((W != 0) | (problem.weights == 0)).to(W)
     energy = X.square().sum(-2).unsqueeze(-1)  # (*batch, N, 1), the diagonal of XᵀX
-    ridge = DAMPING * energy.mean(-2, keepdim=True)
+    pull = problem.anchor * energy * support
+    ridge = DAMPING * energy.mean(-2, keepdim=True) + pull
     scale = support / (energy + ridge).clamp(min=torch.finfo(W.dtype).tiny)
     P, N = X.shape[-2:]
     gram = X.mT @ X if problem.Omega is None and N <= P else None
     XW = X @ W
-    R, far = _residual(problem, XW), _far(problem, XW)
+    R, far = _residual(problem, XW), _merit(problem, W, XW, pull)
     for _ in range(steps):
         if gram is None:
             active = torch.ones_like(R) if problem.Omega is None else _active(problem, XW, R)
@@ -60,14 +61,21 @@ def refit(
             def curvature(D: Tensor, active: Tensor = gram) -> Tensor:
                 return support * (active @ D).add_(ridge * D)
 
-        slope = support * (X.mT @ R)
+        slope = support * (X.mT @ R) + pull * (problem.W - W)
         with coarse_products(tf32):
             D = _conjugate_gradients(curvature, slope, scale, inner if gram is None else 5 * inner)
-        W, XW = _descend(problem, W, XW, D, far)
-        R, far, before = _residual(problem, XW), _far(problem, XW), far
+        W, XW = _descend(problem, W, XW, D, far, pull)
+        R, far, before = _residual(problem, XW), _merit(problem, W, XW, pull), far
         if bool((far >= (1 - rtol) * before).all()):
             break
     return W
+
+
+def _merit(problem: LayerProblem, W: Tensor, XW: Tensor, pull: Tensor) -> Tensor:
+    """``(*batch, 1, 1)``: the distance and the pull of the anchor in one."""
+    if not problem.anchor:
+        return _far(problem, XW)
+    return torch.hypot(_far(problem, XW), torch.linalg.matrix_norm(pull.sqrt() * (problem.W - W), keepdim=True))
 
 
 def distance(problem: LayerProblem, W: Tensor) -> Tensor:
@@ -103,13 +111,15 @@ def _active(problem: LayerProblem, XW: Tensor, R: Tensor) -> Tensor:
     return torch.where(problem.Omega | (problem.centre < XW), 1, slope.square()).to(XW)
 
 
-def _descend(problem: LayerProblem, W: Tensor, XW: Tensor, D: Tensor, far: Tensor) -> tuple[Tensor, Tensor]:
-    """W + tD for the largest t of 1, ½, ¼, … that lowers the distance, in each problem of the batch; else W."""
+def _descend(
+    problem: LayerProblem, W: Tensor, XW: Tensor, D: Tensor, far: Tensor, pull: Tensor
+) -> tuple[Tensor, Tensor]:
+    """W + tD for the largest t of 1, ½, ¼, … that lowers the merit, in each problem of the batch; else W."""
     XD = problem.X @ D
     taken = torch.zeros_like(far)
     for halvings in range(5):
         t = 0.5**halvings
-        lower = _far(problem, XW + t * XD) < far
+        lower = _merit(problem, W + t * D, XW + t * XD, pull) < far
         taken = torch.where(lower & (taken == 0), t, taken)
         if bool((taken > 0).all()):
             break
