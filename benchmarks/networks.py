@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.clock import Clock
+from benchmarks.oneshot import THOROUGH
 from benchmarks.peers import Unavailable, alps
 from benchmarks.peers.clones import Prune
-from lightning_nettrim import Magnitude, SparseGPT, Wanda, trim
+from lightning_nettrim import Cardinality, Magnitude, SparseGPT, Wanda, trim
 from recipes.data import MNIST
 from recipes.models import LeNet5
 
@@ -129,9 +130,10 @@ def accuracy(model: nn.Module, data: MNIST) -> float:
 def _layer_by_layer(dense: LeNet5, images: Tensor, data: MNIST, settings: Settings) -> Iterator[Row]:
     """Ours and ALPS with the same zeros in every layer, ALPS fed with the unfolded patches of the same images."""
     for budget in settings.budgets:
-        pruned, clock = copy.deepcopy(dense), Clock()
-        result = trim(pruned, images.split(256), sparsity=budget, allocate="uniform")
-        yield _judged("ours, per layer", pruned, dense, budget, result.sparsity, clock.read(), data)
+        for method, solver in (("ours, per layer", Cardinality()), ("ours, thorough", THOROUGH)):
+            pruned, clock = copy.deepcopy(dense), Clock()
+            result = trim(pruned, images.split(256), sparsity=budget, allocate="uniform", solver=solver)
+            yield _judged(method, pruned, dense, budget, result.sparsity, clock.read(), data)
         try:
             prune = alps.method(settings.alps)
         except Unavailable as reason:

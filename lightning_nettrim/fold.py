@@ -29,6 +29,7 @@ class Fold:
 
     Attributes:
         layer: whose matrices.
+        W: ``(groups, N or N + 1, M)`` the layer's own trained matrices.
         scale: ``(groups, 1, M)``.
         shift: ``(groups, 1, M)``.
         rectifier: what comes last; ``None`` is nothing.
@@ -40,6 +41,7 @@ class Fold:
     """
 
     layer: Layer
+    W: Tensor
     scale: Tensor
     shift: Tensor
     rectifier: Rectifier | None
@@ -52,7 +54,8 @@ class Fold:
     @classmethod
     def of(cls, layer: Layer, flow: Flow, model: nn.Module, penalize_bias: bool) -> Fold:
         """What follows a layer, by the parameters that the model has now."""
-        like = layer.matrix()[:, :1]
+        W = layer.matrix()
+        like = W[:, :1]
         scale, shift = torch.ones_like(like), torch.zeros_like(like)
         shifted, beta, alive = None, None, torch.ones_like(like, dtype=torch.bool)
         if flow.norm is not None:
@@ -73,7 +76,7 @@ class Fold:
             slope = rectifier.slope.to(like).clamp(min=FLATTEST)
             rectifier = replace(rectifier, slope=slope if slope.numel() == 1 else layer.across(slope))
         ones = total or layer.bias is not None
-        return cls(layer, scale, shift, rectifier, shifted, beta, ones, total, alive)
+        return cls(layer, W, scale, shift, rectifier, shifted, beta, ones, total, alive)
 
     @property
     def written(self) -> list[str]:
@@ -97,7 +100,7 @@ class Fold:
 
     def matrix(self) -> Tensor:
         """The trained weights, folded."""
-        return self.fold(self.layer.matrix())
+        return self.fold(self.W)
 
     def rows(self, X: Tensor) -> Tensor:
         """``(groups, P, N or N + 1)``: recorded inputs, with the column of ones that the last row needs."""
@@ -124,11 +127,11 @@ class Fold:
         if layer.bias is None:
             values = layer.parameters(own)
         else:
-            trained = layer.matrix()[:, -1:]
+            trained = self.W[:, -1:]
             row = W[:, -1:] - self.shift if self.total else W[:, -1:]
             values = layer.parameters(torch.cat([own, trained if self.shifted is not None else row / self.scale], -2))
         if self.shifted is not None:
             assert self.beta is not None
-            before = self.fold(layer.matrix())[:, -1:]
+            before = self.matrix()[:, -1:]
             values[self.shifted] = torch.where(self.alive, self.beta + W[:, -1:] - before, self.beta).flatten()
         return values

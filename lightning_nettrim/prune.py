@@ -17,26 +17,17 @@ from lightning_nettrim.allocate import Curve
 from lightning_nettrim.capture import Tape, evaluating
 from lightning_nettrim.fold import Fold
 from lightning_nettrim.layers import Layer, joined
-from lightning_nettrim.pattern import Pattern
+from lightning_nettrim.outcome import discrepancy_bound, length, relative_error, row
 from lightning_nettrim.plan import Budget, Plan
+from lightning_nettrim.pose import pose
 from lightning_nettrim.problem import LayerProblem
 from lightning_nettrim.rectifier import Rectifier
 from lightning_nettrim.report import LayerReport, TrimResult
 from lightning_nettrim.sample import Inputs
 from lightning_nettrim.signals import Signals
-from lightning_nettrim.solvers import ADMM, Cardinality, Solution, Solver, Status, fewest, refit, solve
+from lightning_nettrim.solvers import ADMM, Cardinality, Solution, Solver, fewest, refit, solve
 
 log = logging.getLogger(__name__)
-
-GAMMA = 1.1
-"""Slack γ of the cascade's ball, ε² ≥ γ‖(XW − Y)_Ω‖², which keeps the trained weights feasible [Aghasi et al. 2020]."""
-
-ANCHOR = 1e-2
-"""How strongly weights are held to the trained ones where there are as few samples as inputs.
-
-A fit of few samples answers to them alone, and to all other inputs with whatever weights that takes; through the layers
-of a deep network this explodes.
-"""
 
 PROBE = 1024
 """Inputs, about, on which the effect of a layer on the network is measured."""
@@ -162,9 +153,9 @@ class Pruner:
                     chained = self.signals.feeds(before, tapes[before], tapes[name])
                 if chained:
                     signal = problem.X if before is None else self.folds[name].rows(self.trained[before][0])
-                    errors[name] = _length(replace(problem, X=signal).response(W) - problem.Y)
+                    errors[name] = length(replace(problem, X=signal).response(W) - problem.Y)
                 zeros = self._zeros(layer, values)
-                reports.append(_report(layer, problem, solution, W, zeros, time.perf_counter() - began))
+                reports.append(row(layer, problem, solution, W, zeros, time.perf_counter() - began))
                 if tell is not None:
                     tell(reports[-1])
                 before = name
@@ -179,8 +170,8 @@ class Pruner:
             distances = {}
             for name in self.todo.layers:
                 self._expect_calls(name, tapes.get(name))
-                distances[name] = _length(self.signals.answer(name, tapes[name]) - self.trained[name])
-        sizes = {name: _length(self.trained[name]) for name in self.trained}
+                distances[name] = length(self.signals.answer(name, tapes[name]) - self.trained[name])
+        sizes = {name: length(self.trained[name]) for name in self.trained}
         parameters = dict(self.model.named_parameters())
         return TrimResult(
             reports=tuple(replace(r, discrepancy=distances[r.name] / (sizes[r.name] or 1.0)) for r in reports),
@@ -189,7 +180,7 @@ class Pruner:
             sparsity=mask.sparsity({name: parameters[name] for name in self.prunable}),
             model_sparsity=mask.sparsity(parameters),
             discrepancy=distances[self._last],
-            discrepancy_bound=_discrepancy_bound(errors, pruned, self.todo) if chained else None,
+            discrepancy_bound=discrepancy_bound(errors, pruned, self.todo) if chained else None,
             response_norm=sizes[self._last],
             seconds=time.perf_counter() - start,
         )
@@ -216,7 +207,7 @@ class Pruner:
             self.restore()
             probe = self.signals.probe(PROBE)
             trained = probe.answers(self._last)[self._last]
-            scale = _length(trained) or 1.0
+            scale = length(trained) or 1.0
             for name in missing:
                 self._current = f"measuring the curve of {name}"
                 fold, budget = self.folds[name], self.todo.budgets[name]
@@ -232,7 +223,7 @@ class Pruner:
                     W = refit(problem, solution.W, steps=2, inner=8)
                     mask.swap(self.model, fold.parameters(W))
                     answer = probe.answers(self._last)[self._last]
-                    effect = _length(answer - trained) / scale
+                    effect = length(answer - trained) / scale
                     points.append((problem.nonzeros, relative_error(problem, W), effect))
                 mask.swap(self.model, self._trained_values(name))
                 if self.scheme == "parallel" or name == next(iter(self.todo.layers)):
@@ -242,41 +233,10 @@ class Pruner:
         return {name: self._curves[name] for name in names}
 
     def pose(self, name: str, tape: Tape, wanted: Budget, trained_signal: bool) -> LayerProblem:
-        """One layer's program, behind what follows it: parallel on the trained signal, else the cascade's.
-
-        For the convex program, of which the trained weights must stay feasible, the cascade asks ε² ≥ γ‖(XW − Y)_Ω‖²
-        and takes V = max(XW, 0) for its ceiling: what is below zero off Ω is zero after the ReLU, so the paper's V = XW
-        would only forbid answers that are as good. Other methods answer as the trained layer did. A slope has no place
-        in the convex program: there the response is linear.
-        """
-        fold, Y = self.folds[name], self.trained[name]
+        """One layer's program on what was recorded."""
         X, offset = self.signals.inputs(name, tape), self.signals.offset(name, tape)
-        convex, rectifier = self.solver_of(wanted).convex, fold.rectifier
-        if convex and rectifier is not None and rectifier.slope is not None:
-            Y, rectifier = torch.where(Y > 0, Y, Y / rectifier.slope.clamp(min=1e-12)), None
-        problem = LayerProblem(
-            X,
-            Y,
-            fold.matrix(),
-            sparsity=wanted.sparsity,
-            Omega=None if rectifier is None else rectifier.inside(Y),
-            rectifier=rectifier or Rectifier(),
-            offset=None if offset is None else offset.expand_as(Y),
-            penalty=torch.cat([X.new_ones(fold.layer.inputs), X.new_zeros(1)]) if fold.free else None,
-            pattern=Pattern(wanted.pattern),
-            anchor=_anchor(*X.shape[1:]),
-            groups=fold.layer.groups,
-        )
-        norm = torch.linalg.matrix_norm(Y)
-        radius = (wanted.epsilon or 1e-3) * torch.where(norm > 0, norm, 1)
-        if not convex:
-            return replace(problem, epsilon=radius)
-        U = X @ problem.W if problem.offset is None else X @ problem.W + problem.offset
-        missed = torch.linalg.matrix_norm(problem.on_Omega(U - Y)) * GAMMA**0.5
-        ceiling = None
-        if not trained_signal and rectifier is not None:
-            ceiling = torch.where(problem.floors, U.clamp(max=rectifier.high), U.clamp(min=rectifier.low))
-        return replace(problem, epsilon=torch.maximum(radius, missed), V=ceiling)
+        convex = self.solver_of(wanted).convex
+        return pose(self.folds[name], X, self.trained[name], offset, wanted, convex, trained_signal)
 
     def solver_of(self, wanted: Budget) -> Solver:
         """The method for a budget."""
@@ -290,7 +250,7 @@ class Pruner:
         if wanted.sparsity == 0:
             return Solution.uncertified(problem.W), problem.W, self._trained_values(name)
         if not solver.behind and wanted.epsilon is None:
-            own = fold.layer.matrix()
+            own = fold.W
             solution = solve(
                 replace(problem, X=problem.X[..., : own.shape[1]], W=own, penalty=self._penalty(fold, own)), solver
             )
@@ -388,63 +348,3 @@ def _state(model: nn.Module, norm: str) -> list[tuple[str, Tensor]]:
 def method(solver: Solver | None, epsilon: float | None) -> Solver:
     """The solver that was asked for; else `Cardinality` or, at a radius, `ADMM`."""
     return solver or (Cardinality() if epsilon is None else ADMM())
-
-
-def _anchor(P: int, N: int) -> float:
-    """ANCHOR·(N/P)⁸: nothing to speak of from four samples for each input on."""
-    held = min(ANCHOR * (N / P) ** 8, 1e4)
-    return held if held > 1e-7 else 0.0
-
-
-def relative_error(problem: LayerProblem, W: Tensor) -> float:
-    """‖response(W) − Y‖ / ‖Y‖ of a whole layer (over 1 where Y = 0)."""
-    return _length(problem.response(W) - problem.Y) / (_length(problem.Y) or 1.0)
-
-
-def _length(R: Tensor) -> float:
-    """‖R‖, summed in double precision."""
-    return float(torch.linalg.vector_norm(R, dtype=torch.float64))
-
-
-def _discrepancy_bound(errors: Mapping[str, float], pruned: Mapping[str, Tensor], todo: Plan) -> float:
-    """Σ ε̂ℓ Π_{j>ℓ} ‖Ŵⱼ‖₂, with 1e-5 on top for the rounding of the sums.
-
-    A layer adds its own error to that of the layer before it, which its weights can stretch by their spectral norm and
-    its ReLU not at all.
-    """
-    bound = 0.0
-    for name, layer in todo.layers.items():
-        weight = pruned[joined(layer.path, layer.weight)].double()
-        bound = bound * float(torch.linalg.matrix_norm(weight, 2)) + errors[name]
-    return bound * (1 + 1e-5)
-
-
-def _report(
-    layer: Layer, problem: LayerProblem, solution: Solution, W: Tensor, zeros: int, seconds: float
-) -> LayerReport:
-    """The row of one layer, but for its discrepancy, which only the finished network shows."""
-    prunable = problem.prunable
-    size = _length(problem.Y) or 1.0
-
-    def known(value: Tensor) -> float | None:
-        return float(value) if bool(value.isfinite()) else None
-
-    objective, bound = solution.objective.sum(), solution.bound.sum()
-    return LayerReport(
-        name=layer.name,
-        type=layer.kind,
-        shape=tuple(layer.parameter.shape),
-        sparsity=zeros / prunable,
-        zeros=zeros,
-        relative_error=relative_error(problem, W),
-        discrepancy=float("nan"),
-        objective=known(objective),
-        bound=known(bound),
-        duality_gap=known(solution.gap[0] if len(solution.gap) == 1 else (objective - bound) / objective),
-        violation=known(solution.violation.amax()),
-        epsilon=known(torch.linalg.vector_norm(solution.epsilon) / size),
-        pattern=problem.pattern.name,
-        steps=int(solution.steps.amax()),
-        seconds=seconds,
-        status=Status(int(solution.status.amax())).name,
-    )

@@ -19,7 +19,7 @@ FLOORS = [
     {"capture", "fold", "norms"},
     {"report"},
     {"plan", "tolerance"},
-    {"signals"},
+    {"signals", "pose", "outcome"},
     {"prune"},
     {"trim"},
     {"callbacks"},

@@ -70,7 +70,7 @@ def test_every_layer_is_pruned_or_has_a_reason(name):
     assert {key: value.shape for key, value in model.state_dict().items()} == buffers
     assert bool(outputs(model, x).isfinite().all())
     assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
-    assert seconds < 120
+    assert seconds < 300
 
 
 class Attention(nn.Module):
