@@ -63,12 +63,15 @@ class Signals:
         return self.folds[name].offset(None if tape.R is None else _finite(name, tape.R))
 
     def answer(self, name: str, tape: Tape) -> Tensor:
-        """``(groups, P, M)``: what a layer answered behind all that follows it, in the solve's dtype.
+        """``(groups, P, M)``: what a layer answered behind all that follows it now, in the solve's dtype.
 
         Raises:
             ValueError: for NaN and Inf.
         """
-        return self.folds[name].answer(_finite(name, tape.Z), None if tape.R is None else _finite(name, tape.R))
+        fold, flow = self.folds[name], self.todo.flows[name]
+        if flow.norm is not None:  # whose parameters a solution changes
+            fold = Fold.of(fold.layer, flow, self.model, penalize_bias=False)
+        return fold.answer(_finite(name, tape.Z), None if tape.R is None else _finite(name, tape.R))
 
     def feeds(self, name: str, source: Tape, target: Tape) -> bool:
         """Whether the target's input is the source's answer, bit by bit and row by row."""

@@ -115,6 +115,7 @@ def test_behind_the_norm_is_closer_than_in_front_of_it(residual, activation):
         assert int((network.conv.weight == 0).sum()) == round(0.7 * 216)
         if name == "behind":
             assert result.reports[0].relative_error == pytest.approx(errors[name], rel=0.1)
+            assert result.reports[0].discrepancy == pytest.approx(result.reports[0].relative_error, rel=1e-3)
     assert errors["behind"] < 0.97 * errors["in front"]
 
 

@@ -35,7 +35,7 @@ def test_the_defaults_reach_the_optimum(seed):
     assert float(solution.objective) == pytest.approx(best, rel=1e-3, abs=1e-9)
     assert float(problem.violation(solution.W)) <= 1e-3
 
-    tensors = {n: getattr(problem, n) for n in ("X", "Y", "W", "epsilon", "V", "penalty")}
+    tensors = {n: getattr(problem, n) for n in ("X", "Y", "W", "epsilon", "V", "penalty", "offset")}
     single = replace(problem, **{n: t if t is None else t.float() for n, t in tensors.items()})
     solution = solve(single, ADMM())
     assert solution.status == Status.CONVERGED
