@@ -146,9 +146,9 @@ def test_two_of_four(run, data):
 
 @pytest.fixture(scope="module", params=["lenet5", "resnet", "vit"])
 def recipe(request, data, tmp_path_factory):
-    """A recipe, shortened to three epochs and 1024 samples: its name, its folder, its pruned and its dense network."""
+    """A recipe, shortened to three epochs and 2048 samples: its name, its folder, its pruned and its dense network."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
-    arguments = {"class_path": "lightning_nettrim.NetTrim", "init_args": {"num_samples": 1024}}
+    arguments = {"class_path": "lightning_nettrim.NetTrim", "init_args": {"num_samples": 2048}}
     (folder / "delta.yaml").write_text(json.dumps({"trainer": {"callbacks": [arguments]}}))
     configs = [str(ROOT / "recipes" / f"mnist_{name}.yaml"), str(folder / "delta.yaml")]
     with pytest.MonkeyPatch.context() as patch:
