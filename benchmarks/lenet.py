@@ -8,6 +8,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
+from benchmarks.training import trained
 from lightning_nettrim import LayerProblem
 from recipes.data import MNIST
 from recipes.models import MLP
@@ -18,15 +19,7 @@ EPOCHS = 3
 def network(data: MNIST, cache: Path, seed: int = 0, epochs: int = EPOCHS) -> MLP:
     """784-300-100-10 after some epochs, read from the cache where it was trained before."""
     pl.seed_everything(seed, verbose=False)
-    model, path = MLP([784, 300, 100, 10]), cache / f"lenet-{seed}-{epochs}.pt"
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    pl.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, limit_val_batches=0, **quiet).fit(model, data)
-    cache.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path)
-    return model
+    return trained(MLP([784, 300, 100, 10]), data, cache / f"lenet-{seed}-{epochs}.pt", epochs)
 
 
 def layers(root: str | None, samples: int, cache: Path) -> list[LayerProblem]:

@@ -18,6 +18,7 @@ from benchmarks.clock import Clock
 from benchmarks.oneshot import THOROUGH
 from benchmarks.peers import Unavailable, alps
 from benchmarks.peers.clones import Prune
+from benchmarks.training import accuracy, trained
 from lightning_nettrim import Cardinality, Magnitude, SparseGPT, Wanda, trim
 from recipes.data import MNIST
 from recipes.models import LeNet5
@@ -81,6 +82,10 @@ class Row:
     seconds: float
     errors: str = ""
 
+    def __str__(self) -> str:
+        """One line."""
+        return f"{self.network:8} {self.budget:5} {self.method:22} {self.accuracy:6.2f} %  {self.seconds:6.2f} s"
+
 
 def rows(settings: Settings) -> Iterator[Row]:
     """Every network, budget and method in turn, then LeNet-5 at equal budgets per layer."""
@@ -108,23 +113,7 @@ def network(name: str, data: MNIST, settings: Settings) -> pl.LightningModule:
     pl.seed_everything(recipe["seed_everything"], verbose=False)
     model = getattr(importlib.import_module(module), kind)(**recipe["model"].get("init_args", {}))
     epochs = settings.epochs or recipe["trainer"]["max_epochs"]
-    path = settings.out / f"{name}-{epochs}.pt"
-    if path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True))
-        return model.eval()
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    pl.Trainer(max_epochs=epochs, accelerator="cpu", devices=1, limit_val_batches=0, **quiet).fit(model, data)
-    settings.out.mkdir(parents=True, exist_ok=True)
-    torch.save(model.state_dict(), path)
-    return model.eval()
-
-
-def accuracy(model: nn.Module, data: MNIST) -> float:
-    """On the test images, in percent."""
-    images, labels = data.held_out.tensors
-    with torch.no_grad():
-        answers = torch.cat([model.eval()(part).argmax(1) for part in images.split(1000)])
-    return 100 * float((answers == labels).double().mean())
+    return trained(model, data, settings.out / f"{name}-{epochs}.pt", epochs)
 
 
 def _layer_by_layer(dense: LeNet5, images: Tensor, data: MNIST, settings: Settings) -> Iterator[Row]:
@@ -168,9 +157,9 @@ def _judged(
     x = y = data.held_out.tensors[0].unsqueeze(1)
     errors = []
     with torch.no_grad():
-        for ours, trained in zip(pruned.children(), dense.children(), strict=True):
+        for ours, theirs in zip(pruned.children(), dense.children(), strict=True):
             conv = isinstance(ours, nn.Conv2d)
-            x, y = ours(x if conv else x.flatten(1)), trained(y if conv else y.flatten(1))
+            x, y = ours(x if conv else x.flatten(1)), theirs(y if conv else y.flatten(1))
             if len(errors) < 3:
                 x, y = x.relu(), y.relu()
             errors.append(float((x - y).norm() / y.norm()))

@@ -16,6 +16,7 @@ from benchmarks import lenet
 from benchmarks.clock import Clock
 from benchmarks.peers import Unavailable, alps, sparsegpt, wanda
 from benchmarks.peers.clones import Prune
+from benchmarks.training import accuracy
 from lightning_nettrim import Cardinality, Magnitude, Solver, SparseGPT, Wanda, trim
 from recipes.data import MNIST
 
@@ -75,6 +76,10 @@ class Row:
     error2: float
     error3: float
     seconds: float
+
+    def __str__(self) -> str:
+        """One line."""
+        return f"seed {self.seed}  {self.budget:5} {self.method:22} {self.accuracy:6.2f} %  {self.seconds:6.2f} s"
 
 
 Method = Callable[[nn.Module, Tensor, str], float]
@@ -168,10 +173,8 @@ def judge(
     seconds: float,
 ) -> Row:
     """The row of a pruned network, from its weights alone."""
-    tests, labels = data.held_out.tensors
+    errors, x, y = [], images, images
     with torch.no_grad():
-        accuracy = 100 * float((network(tests).argmax(1) == labels).double().mean())
-        errors, x, y = [], images, images
         *hidden, last = zip(network.children(), dense.children(), strict=True)
         for ours, trained in (*hidden, last):
             x, y = ours(x), trained(y)
@@ -180,7 +183,7 @@ def judge(
             errors.append(float((x - y).norm() / y.norm()))
     weights = [layer.weight for layer in network.children()]
     zeros = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-    return Row(seed, budget, method, zeros, accuracy, *errors, seconds)
+    return Row(seed, budget, method, zeros, accuracy(network, data), *errors, seconds)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -191,14 +194,14 @@ def table(rows: Sequence[Row]) -> str:
     for row in rows:
         groups.setdefault((row.budget, row.method), []).append(row)
     for (budget, method), group in groups.items():
-        zeros, accuracy, seconds, *errors = _means(group)
-        text = f"{budget:7} {method:22} {zeros:7.2%} {accuracy:9.2f} {' '.join(f'{e:7.4f}' for e in errors)}"
+        zeros, right, seconds, *errors = _means(group)
+        text = f"{budget:7} {method:22} {zeros:7.2%} {right:9.2f} {' '.join(f'{e:7.4f}' for e in errors)}"
         text += f" {seconds:8.2f}"
         peer = groups.get((budget, alps.NAME))
         if peer and method != alps.NAME:
             _, other, wall, *theirs = _means(peer)
             ratios = " ".join(f"{e / t:5.2f}" if t else "    –" for e, t in zip(errors, theirs, strict=True))
-            text += f" {accuracy - other:+6.2f} {ratios} {seconds / wall:5.2f}"
+            text += f" {right - other:+6.2f} {ratios} {seconds / wall:5.2f}"
         lines.append(text)
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -23,11 +24,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = vars(_parser().parse_args(arguments))
     benchmark = settings.pop("benchmark")
     if benchmark == "oneshot":
-        _oneshot(oneshot.Settings(**{**settings, "budgets": tuple(settings["budgets"])}))
+        chosen = oneshot.Settings(**{**settings, "budgets": tuple(settings["budgets"])})
+        rows = _pruning(oneshot, chosen, benchmark)
+        try:
+            draw_accuracy(rows, chosen.out / "oneshot.png")
+        except Unavailable as reason:
+            print(reason)
         return
     if benchmark == "networks":
         several = {name: tuple(settings[name]) for name in ("networks", "budgets")}
-        _networks(networks.Settings(**{**settings, **several}))
+        _pruning(networks, networks.Settings(**{**settings, **several}), benchmark)
         return
     sections = settings.pop("sections")
     _convex(sections, convex.Settings(**{**settings, "layers": tuple(settings["layers"])}))
@@ -49,30 +55,16 @@ def _convex(sections: Sequence[str], settings: convex.Settings) -> None:
         print(reason)
 
 
-def _oneshot(settings: oneshot.Settings) -> None:
+def _pruning(benchmark: Any, settings: Any, name: str) -> list[Any]:
+    """The rows of a benchmark of pruned networks, each printed and written as it is measured, and its table."""
     print(header("CPU"))
-    rows: list[oneshot.Row] = []
-    for row in oneshot.rows(settings):
+    rows: list[Any] = []
+    for row in benchmark.rows(settings):
         rows.append(row)
-        write(rows, settings.out / "oneshot.csv")
-        print(
-            f"seed {row.seed}  {row.budget:5} {row.method:22} {row.accuracy:6.2f} %  {row.seconds:6.2f} s", flush=True
-        )
-    print("\n" + oneshot.table(rows))
-    try:
-        draw_accuracy(rows, settings.out / "oneshot.png")
-    except Unavailable as reason:
-        print(reason)
-
-
-def _networks(settings: networks.Settings) -> None:
-    print(header("CPU"))
-    rows: list[networks.Row] = []
-    for row in networks.rows(settings):
-        rows.append(row)
-        write(rows, settings.out / "networks.csv")
-        print(f"{row.network:8} {row.budget:4} {row.method:20} {row.accuracy:6.2f} %  {row.seconds:6.2f} s", flush=True)
-    print("\n" + networks.table(rows))
+        write(rows, settings.out / f"{name}.csv")
+        print(row, flush=True)
+    print("\n" + benchmark.table(rows))
+    return rows
 
 
 def _parser() -> argparse.ArgumentParser:

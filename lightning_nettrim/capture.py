@@ -209,9 +209,10 @@ def watch(model: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Input
         nonlocal last
         points.setdefault(name, [])
         flows.setdefault(name, [])
+        first = not points[name] and not flows[name]
         try:
             seen = layer.see(args, kwargs, output)
-            tensor = seen.tensor if _is_product(layer, seen) else None
+            tensor = seen.tensor if not first or _is_product(layer, seen) else None
         except ValueError as error:
             unusable[name] = str(error)
             tensor = None

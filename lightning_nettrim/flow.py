@@ -82,21 +82,12 @@ class Point:
             point = following
 
 
-_SAME_VALUES = {
-    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t",
+_SAME_PLACES = {
     "contiguous", "clone", "detach", "alias", "dropout", "feature_dropout", "alpha_dropout", "to", "_to_copy",
 }  # fmt: skip
-_SAME_PLACES = {
-    "contiguous",
-    "clone",
-    "detach",
-    "alias",
-    "dropout",
-    "feature_dropout",
-    "alpha_dropout",
-    "to",
-    "_to_copy",
-}
+_SAME_VALUES = _SAME_PLACES | {
+    "view", "_unsafe_view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "transpose", "permute", "t",
+}  # fmt: skip
 _LARGEST = {"max_pool1d", "max_pool2d_with_indices", "max_pool3d_with_indices", "adaptive_max_pool2d"}
 
 

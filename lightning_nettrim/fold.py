@@ -10,13 +10,10 @@ from torch import Tensor, nn
 
 from lightning_nettrim.flow import Flow
 from lightning_nettrim.layers import Layer, joined
-from lightning_nettrim.rectifier import Rectifier
+from lightning_nettrim.rectifier import FLATTEST, Rectifier
 
 LEAST = 1e-3
 """A BatchNorm's scale counts as this fraction of the largest one at least: what it shuts off still has weights."""
-
-FLATTEST = 1e-6
-"""Least slope of a rectifier that has slopes: its answers still say what they were given."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +33,7 @@ class Fold:
         shifted: the parameter that takes a change of the last row, by name, ``None`` where it is the layer's bias.
         beta: its trained value, ``(groups, 1, M)``.
         ones: whether there is a last row, on a column of ones.
-        total: whether the last row holds the shift as well.
+        total: whether the last row holds the shift as well; it is no weight then, and has no penalty.
         alive: ``(groups, 1, M)`` bool, where the BatchNorm lets anything through.
     """
 
@@ -56,20 +53,12 @@ class Fold:
         """What follows a layer, by the parameters that the model has now."""
         W = layer.matrix()
         like = W[:, :1]
-        scale, shift = torch.ones_like(like), torch.zeros_like(like)
-        shifted, beta, alive = None, None, torch.ones_like(like, dtype=torch.bool)
-        if flow.norm is not None:
+        scale, shift, alive = _passed(layer, flow, model, like)
+        shifted, beta = None, None
+        if flow.norm is not None and not penalize_bias:
             norm: Any = model.get_submodule(flow.norm)
-            deviation = (norm.running_var.detach().to(like) + norm.eps).sqrt()
-            gamma = torch.ones_like(deviation) if norm.weight is None else norm.weight.detach().to(like)
-            bias = torch.zeros_like(deviation) if norm.bias is None else norm.bias.detach().to(like)
-            shift = layer.across(bias - norm.running_mean.detach().to(like) * gamma / deviation)
-            scale = layer.across(gamma / deviation)
-            least = LEAST * scale.abs().amax()
-            alive = scale.abs() > least
-            scale = torch.where(alive, scale, torch.where(scale < 0, -1.0, 1.0) * (least if least > 0 else 1.0))
-            if norm.bias is not None and not penalize_bias:
-                shifted, beta = joined(flow.norm, "bias"), layer.across(bias)
+            if norm.bias is not None:
+                shifted, beta = joined(flow.norm, "bias"), layer.across(norm.bias.detach().to(like))
         total = shifted is not None or (layer.bias is not None and not penalize_bias)
         rectifier = flow.rectifier
         if rectifier is not None and rectifier.slope is not None:
@@ -78,16 +67,17 @@ class Fold:
         ones = total or layer.bias is not None
         return cls(layer, W, scale, shift, rectifier, shifted, beta, ones, total, alive)
 
+    def now(self, flow: Flow, model: nn.Module) -> Fold:
+        """The same fold by the BatchNorm as it is now, whose parameters a solution changes."""
+        if flow.norm is None:
+            return self
+        scale, shift, alive = _passed(self.layer, flow, model, self.scale)
+        return replace(self, scale=scale, shift=shift, alive=alive)
+
     @property
     def written(self) -> list[str]:
         """Names of the parameters that a solve may change."""
-        own = [self.layer.weight, *([] if self.layer.bias is None else [self.layer.bias])]
-        return [*(joined(self.layer.path, key) for key in own), *([] if self.shifted is None else [self.shifted])]
-
-    @property
-    def free(self) -> bool:
-        """Whether the last row is no weight, and has no penalty."""
-        return self.total
+        return [*self.layer.names(), *([] if self.shifted is None else [self.shifted])]
 
     def fold(self, W: Tensor) -> Tensor:
         """``(groups, N or N + 1, M)`` from the layer's own matrices."""
@@ -135,3 +125,18 @@ class Fold:
             before = self.matrix()[:, -1:]
             values[self.shifted] = torch.where(self.alive, self.beta + W[:, -1:] - before, self.beta).flatten()
         return values
+
+
+def _passed(layer: Layer, flow: Flow, model: nn.Module, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``(groups, 1, M)`` each: scale and shift of the BatchNorm that follows, and where it lets anything through."""
+    if flow.norm is None:
+        return torch.ones_like(like), torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool)
+    norm: Any = model.get_submodule(flow.norm)
+    deviation = (norm.running_var.detach().to(like) + norm.eps).sqrt()
+    gamma = torch.ones_like(deviation) if norm.weight is None else norm.weight.detach().to(like)
+    bias = torch.zeros_like(deviation) if norm.bias is None else norm.bias.detach().to(like)
+    shift = layer.across(bias - norm.running_mean.detach().to(like) * gamma / deviation)
+    scale = layer.across(gamma / deviation)
+    least = LEAST * scale.abs().amax()
+    alive = scale.abs() > least
+    return torch.where(alive, scale, torch.where(scale < 0, -1.0, 1.0) * (least if least > 0 else 1.0)), shift, alive

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from lightning_nettrim.layers import Layer, joined
+from lightning_nettrim.layers import Layer
 from lightning_nettrim.plan import Plan
 from lightning_nettrim.problem import LayerProblem
 from lightning_nettrim.report import LayerReport
@@ -32,7 +32,7 @@ def discrepancy_bound(errors: Mapping[str, float], pruned: Mapping[str, Tensor],
     """
     bound = 0.0
     for name, layer in todo.layers.items():
-        weight = pruned[joined(layer.path, layer.weight)].double()
+        weight = pruned[layer.names()[0]].double()
         bound = bound * float(torch.linalg.matrix_norm(weight, 2)) + errors[name]
     return bound * (1 + 1e-5)
 

@@ -45,7 +45,7 @@ def pose(
     """
     rectifier = fold.rectifier
     if convex and rectifier is not None and rectifier.slope is not None:
-        Y, rectifier = torch.where(Y > 0, Y, Y / rectifier.slope.clamp(min=1e-12)), None
+        Y, rectifier = torch.where(Y > 0, Y, rectifier.inverse(Y)), None
     problem = LayerProblem(
         X,
         Y,
@@ -54,7 +54,7 @@ def pose(
         Omega=None if rectifier is None else rectifier.inside(Y),
         rectifier=rectifier or Rectifier(),
         offset=None if offset is None else offset.expand_as(Y),
-        penalty=torch.cat([X.new_ones(fold.layer.inputs), X.new_zeros(1)]) if fold.free else None,
+        penalty=fold.layer.penalty(X) if fold.total else None,
         pattern=Pattern(wanted.pattern),
         anchor=_anchor(*X.shape[1:]),
         groups=fold.layer.groups,

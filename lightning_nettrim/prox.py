@@ -65,7 +65,7 @@ def project_responses(problem: LayerProblem, XW: Tensor) -> Tensor:
     if problem.bounded:
         T = torch.where(problem.floors, torch.maximum(XW, C), T)
     if (slope := problem.rectifier.slope) is not None:
-        Z = problem.Y / slope.clamp(min=1e-12)
+        Z = problem.rectifier.inverse(problem.Y)
         Z = Z if problem.offset is None else Z - problem.offset
         T = torch.where(problem.Omega, T, T.lerp(Z, slope.square().expand_as(T)))
     return T

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FLATTEST = 1e-6
+"""Least slope of a rectifier that has slopes: its answers still say what they were given."""
+
 
 @dataclass(frozen=True, eq=False)
 class Rectifier:
@@ -30,6 +33,11 @@ class Rectifier:
     def inside(self, Y: Tensor) -> Tensor:
         """Ω: where an answer Y says what the input was, or says it with full weight."""
         return self.low < Y if self.high == float("inf") else (self.low < Y) & (self.high > Y)
+
+    def inverse(self, Y: Tensor) -> Tensor:
+        """The u < 0 that is answered with Y, where there is a slope."""
+        assert self.slope is not None
+        return Y / self.slope.clamp(min=FLATTEST)
 
     def same(self, other: Rectifier) -> bool:
         """Whether both answer alike to everything."""

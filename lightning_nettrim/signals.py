@@ -68,9 +68,7 @@ class Signals:
         Raises:
             ValueError: for NaN and Inf.
         """
-        fold, flow = self.folds[name], self.todo.flows[name]
-        if flow.norm is not None:  # whose parameters a solution changes
-            fold = Fold.of(fold.layer, flow, self.model, penalize_bias=False)
+        fold = self.folds[name].now(self.todo.flows[name], self.model)
         return fold.answer(_finite(name, tape.Z), None if tape.R is None else _finite(name, tape.R))
 
     def feeds(self, name: str, source: Tape, target: Tape) -> bool:

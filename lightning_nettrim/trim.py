@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 
-from lightning_nettrim import allocate as spread
 from lightning_nettrim.layers import prunable, refuse_unusable
-from lightning_nettrim.plan import Budget, Options, as_text, check_arguments, choose, read
-from lightning_nettrim.prune import Pruner
+from lightning_nettrim.plan import Options, as_text, check_arguments, choose, read
+from lightning_nettrim.prune import Pruner, Settings
+from lightning_nettrim.rehearse import Rehearsal
 from lightning_nettrim.report import LayerReport, Trial, TrimResult
 from lightning_nettrim.sample import hold
 from lightning_nettrim.solvers import Solver
 from lightning_nettrim.tolerance import DENSEST, SPARSEST, sparsest
-
-COMPENSATION = 1.0
-"""Tilt of the ``global`` allocation in a cascade; measured on LeNet-300-100 at 95, 97 and 98 % zeros."""
-
-Allocation = Literal["uniform", "epsilon", "global", "magnitude"]
 
 
 def trim(
@@ -36,7 +31,7 @@ def trim(
     mode: Literal["max", "min"] = "max",
     relative: bool = False,
     pattern: str = "unstructured",
-    allocate: Allocation = "global",
+    allocate: Literal["uniform", "epsilon", "global", "magnitude"] = "global",
     importance: Literal["outgoing", "equal"] = "outgoing",
     scheme: Literal["cascade", "parallel"] = "cascade",
     solver: Solver | None = None,
@@ -120,84 +115,31 @@ def trim(
         targets = list(per_layer)
     held = hold(model, batches, num_samples, seed)
     todo = choose(model, held, common, targets, ignore, per_layer)
-    pruner = Pruner(
-        model, todo, held, scheme, solver, num_samples, seed, penalize_bias, importance,
-        recalibrate_batchnorm,
-    )  # fmt: skip
+    settings = Settings(scheme, solver, num_samples, seed, penalize_bias, importance, recalibrate_batchnorm)
+    pruner = Pruner(model, todo, held, settings)
+    rehearsal = Rehearsal(pruner)
     with pruner.saved():
         if metric is None:
-            chosen = budgets(pruner, allocate, sparsity)
+            chosen = rehearsal.budgets(allocate, sparsity)
             result = TrimResult.of_plan(todo.skipped) if dry_run else pruner.prune(chosen, on_layer)
             result = replace(result, plan=as_text(todo, chosen))
         else:
-            result = _sparsest(pruner, metric, float(max_drop or 0), mode, relative, allocate, on_layer, on_trial)
+            result = _sparsest(rehearsal, metric, float(max_drop or 0), mode, relative, allocate, on_layer, on_trial)
     return replace(result, seconds=time.perf_counter() - start)
 
 
-def budgets(pruner: Pruner, allocate: Allocation, sparsity: float | None) -> dict[str, Budget]:
-    """The budget of every layer, the common sparsity spread over those that share it.
-
-    Raises:
-        ValueError: if the layers' bounds leave no such budgets.
-    """
-    sizes, bounds = _room(pruner)
-    if sparsity is None or not sizes:
-        return pruner.todo.budgets
-    total = sum(sizes.values()) - round(sparsity * sum(sizes.values()))
-    if allocate == "uniform":
-        kept = spread.uniform(sizes, total, bounds)
-    elif allocate == "magnitude":
-        weights = pruner.weights()
-        kept = spread.by_magnitude({name: weights[name] for name in sizes}, total, bounds)
-    elif allocate == "epsilon":
-        kept = spread.common_error(pruner.curves(list(sizes)), total, bounds)
-    else:
-        return min(_candidates(pruner, sizes, total, bounds), key=pruner.rehearsed)
-    return _with(pruner, sizes, kept)
-
-
-def _candidates(
-    pruner: Pruner, sizes: Mapping[str, int], total: int, bounds: spread.Bounds
-) -> Iterator[dict[str, Budget]]:
-    """By marginal effect, which takes layers one at a time; by magnitude; and halfway.
-
-    Layers of a residual block that can each be spared, but not together, are what the first of them is wrong about.
-    """
-    tilt, weights = COMPENSATION if pruner.scheme == "cascade" else 0.0, pruner.weights()
-    by_effect = spread.marginal_error(pruner.curves(list(sizes)), total, bounds, tilt)
-    by_size = spread.by_magnitude({name: weights[name] for name in sizes}, total, bounds)
-    for kept in (by_effect, by_size, spread.halfway(by_effect, by_size, total, bounds)):
-        yield _with(pruner, sizes, kept)
-
-
-def _with(pruner: Pruner, sizes: Mapping[str, int], kept: Mapping[str, int]) -> dict[str, Budget]:
-    own = pruner.todo.budgets
-    return own | {name: replace(own[name], sparsity=1 - kept[name] / size) for name, size in sizes.items()}
-
-
-def _room(pruner: Pruner) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
-    """Of each layer that shares the common sparsity: its prunable weights, and how many of them may be kept."""
-    own, all_sizes = pruner.todo.budgets, pruner.sizes()
-    sizes = {name: all_sizes[name] for name in pruner.todo.shared if own[name].epsilon is None}
-    bounds = {}
-    for name, size in sizes.items():
-        least, most = (size - round(limit * size) for limit in (own[name].max_sparsity, own[name].min_sparsity))
-        bounds[name] = max(least, 1), most
-    return sizes, bounds
-
-
 def _sparsest(
-    pruner: Pruner,
+    rehearsal: Rehearsal,
     metric: Callable[[], float],
     max_drop: float,
     mode: str,
     relative: bool,
-    allocate: Allocation,
+    allocate: str,
     on_layer: Callable[[LayerReport], None] | None,
     on_trial: Callable[[Trial], None] | None,
 ) -> TrimResult:
     """The sparsest network within the drop, in place; the trained one if there is none."""
-    dense = metric()
+    pruner, dense = rehearsal.pruner, metric()
     room = max_drop * (abs(dense) if relative else 1.0) + 1e-9 * max(abs(dense), 1.0)
     best: tuple[float, TrimResult, dict[str, Any]] | None = None
 
@@ -206,7 +148,7 @@ def _sparsest(
 
     def evaluate(sparsity: float) -> float:
         nonlocal best
-        chosen = budgets(pruner, allocate, sparsity)
+        chosen = rehearsal.budgets(allocate, sparsity)
         result = replace(pruner.prune(chosen), plan=as_text(pruner.todo, chosen))
         value = metric()
         if allowed(value) and (best is None or sparsity > best[0]):
@@ -215,7 +157,7 @@ def _sparsest(
             on_trial(Trial(sparsity, value, allowed(value)))
         return value
 
-    sizes, bounds = _room(pruner)
+    sizes, bounds = rehearsal.room()
     if not sizes:
         raise ValueError("max_drop: expected a layer without a budget of its own, got none: take some budgets away")
     least, most = (sum(bound[i] for bound in bounds.values()) / sum(sizes.values()) for i in (0, 1))

@@ -21,6 +21,7 @@ from lightning_nettrim import (
     refit,
     solve,
 )
+from lightning_nettrim.solvers import cardinality
 from lightning_nettrim.solvers.cardinality import spectrum_of
 
 SOLVERS = [Cardinality(), Magnitude(), Wanda(), SparseGPT(), SparseGPT(block=8)]
@@ -177,6 +178,15 @@ def test_more_steps_are_no_worse_on_the_whole():
         for steps in errors:
             errors[steps] += float(distance(problem, refit(problem, solve(problem, Cardinality(steps=steps)).W)))
     assert errors[480] < errors[30]
+
+
+def test_a_layer_of_few_weights_takes_more_steps(monkeypatch):
+    problem = replace(layer(400, 16, 24, cascade=True), epsilon=None, sparsity=0.85)
+    many = solve(problem, Cardinality())
+    monkeypatch.setattr(cardinality, "FEW", 0)
+    few = solve(problem, Cardinality())
+    assert (int(many.steps), int(few.steps)) == (720, 120)
+    assert distance(problem, refit(problem, many.W)) < distance(problem, refit(problem, few.W))
 
 
 def test_nan_is_a_status_and_the_trained_weights():

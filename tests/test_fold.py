@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from lightning_nettrim import ADMM, Cardinality, Magnitude, trim
 from lightning_nettrim.plan import Budget, choose
-from lightning_nettrim.prune import Pruner
+from lightning_nettrim.prune import Pruner, Settings
+from lightning_nettrim.rehearse import Rehearsal
 from lightning_nettrim.sample import hold
 
 
@@ -41,14 +42,21 @@ class Block(nn.Module):
 def pruner(model, x, penalize_bias=False, **budget):
     held = hold(model, [x], 10**5, 0)
     todo = choose(model, held, Budget(**({"sparsity": 0.6} | budget)))
-    return Pruner(model, todo, held, "cascade", None, 10**5, 0, penalize_bias, "equal", True)
+    return Pruner(model, todo, held, Settings("cascade", None, 10**5, 0, penalize_bias, "equal", True))
 
 
-def posed(model, x, name="conv", trained=True, solver=None, **options):
+def posed(model, x, name="conv", trained=True, **options):
     pruning = pruner(model, x, **options)
-    pruning.solver = solver
     tape = pruning.signals.tapes(name)[name]
     return pruning.pose(name, tape, pruning.todo.budgets[name], trained)
+
+
+def test_an_allocation_goes_by_the_trained_weights_whatever_is_pruned_now():
+    model, x = Block(False).eval(), torch.randn(40, 4, 6, 6)
+    rehearsal = Rehearsal(pruner(model, x))
+    before = rehearsal.budgets("magnitude", 0.7)
+    rehearsal.pruner.prune(rehearsal.budgets("uniform", 0.9))
+    assert rehearsal.budgets("magnitude", 0.7) == before
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -217,6 +225,6 @@ def test_prelu_has_a_slope_for_each_channel():
     torch.testing.assert_close(problem.response(problem.W), problem.Y, rtol=1e-4, atol=1e-5)
     result = trim(model, [torch.randn(40, 3, 6, 6)], sparsity=0.5)
     assert 0 < result.reports[0].relative_error < 1
-    linear = posed(model, torch.randn(4, 3, 6, 6), name="0", solver=ADMM(), epsilon=0.1, sparsity=None)
+    linear = posed(model, torch.randn(4, 3, 6, 6), name="0", epsilon=0.1, sparsity=None)
     assert linear.Omega is None
     torch.testing.assert_close(linear.response(linear.W), linear.Y, rtol=1e-4, atol=1e-5)

@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_nettrim.callbacks.compare import sibling
-from lightning_nettrim.prune import method
+from lightning_nettrim.method import chosen
 from lightning_nettrim.report import TrimResult, as_json, comparison, write_histograms, write_text, write_trials
 
 
@@ -86,7 +86,7 @@ def show_plan(trainer: pl.Trainer, plan: str, save: bool) -> None:
 def _report(
     result: TrimResult, metrics: Mapping[str, Mapping[str, float]], arguments: Mapping[str, Any]
 ) -> dict[str, Any]:
-    solver = method(arguments["solver"], arguments["epsilon"])
+    solver = chosen(arguments["solver"], arguments["epsilon"])
     settings = asdict(solver) if is_dataclass(solver) and not isinstance(solver, type) else {}
     named = {"class_path": f"{type(solver).__module__}.{type(solver).__qualname__}", "init_args": settings}
     arguments = {**arguments, "solver": named}

@@ -71,6 +71,11 @@ class Layer(ABC):
         """The weight, in the module's own form."""
         return self.module.get_parameter(self.weight)
 
+    def names(self, bias: bool = True) -> list[str]:
+        """Of its parameters in the model: the weight and, if it is asked for, the bias."""
+        own = [self.weight, *([self.bias] if bias and self.bias is not None else [])]
+        return [joined(self.path, key) for key in own]
+
     @property
     def kind(self) -> str:
         """The class of the module."""
@@ -109,10 +114,12 @@ class Layer(ABC):
 
     def parameters(self, W: Tensor) -> dict[str, Tensor]:
         """The matrices as the module's own parameters, under their names in the model; `matrix` turned round."""
-        parts = {joined(self.path, self.weight): self.from_matrix(W[:, : self.inputs])}
-        if self.bias is not None:
-            parts[joined(self.path, self.bias)] = W[:, -1].reshape(-1)
-        return parts
+        parts = [self.from_matrix(W[:, : self.inputs]), W[:, -1].reshape(-1)]
+        return dict(zip(self.names(), parts, strict=False))
+
+    def penalty(self, like: Tensor) -> Tensor:
+        """``(N + 1,)``: 1 for the rows of the weight, 0 for the row of a free bias."""
+        return torch.cat([like.new_ones(self.inputs), like.new_zeros(1)])
 
     def rows(self, X: Tensor, ones: bool) -> Tensor:
         """``(groups, P, N)`` or, with a column of ones, ``(groups, P, N + 1)``, in the solve's dtype."""

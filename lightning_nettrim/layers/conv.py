@@ -27,17 +27,22 @@ class Conv(Layer):
         """Channels of a group times the kernel's size."""
         return self.parameter[0].numel()
 
-    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Seen:
-        """Patches of the padded input, one for each position of the output."""
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Seen:
+        """Patches of the input as the kernel walks over it, one for each position of the output."""
         x, layer = args[0] if args else kwargs["input"], self.module
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = _batched(x.detach(), layer)
-        padded = F.pad(x, _sides(layer), mode=mode)
+        places = tuple(output.shape[-len(layer.kernel_size) :])
+        walked, stride = self._walked(_batched(x.detach(), layer), places)
 
         def patches(positions: Tensor) -> Tensor:
-            return _patches(padded, positions, self._place(output), layer.stride, layer.dilation, layer.kernel_size)
+            return _patches(walked, positions, places, stride, layer.dilation, layer.kernel_size)
 
         return Seen(output.numel() // layer.out_channels, patches, lambda i: self.lay(output, i), output)
+
+    def _walked(self, x: Tensor, places: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        """What the kernel walks over to these places, and by what steps: the padded input."""
+        layer = self.module
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        return F.pad(x, _sides(layer), mode=mode), layer.stride
 
     def channels(self, output: Tensor) -> bool:
         """Always, where there is a dimension of images."""
@@ -48,9 +53,6 @@ class Conv(Layer):
         flat = _batched(output.detach(), self.module).flatten(2)  # (images, channels, places)
         positions = positions.to(flat.device)
         return flat[positions // flat.shape[2], :, positions % flat.shape[2]]
-
-    def _place(self, output: Tensor) -> tuple[int, ...]:
-        return tuple(output.shape[-len(self.module.kernel_size) :])
 
 
 class ConvTranspose(Conv):
@@ -63,27 +65,19 @@ class ConvTranspose(Conv):
         """Channels of a group times the kernel's size."""
         return self.module.in_channels // self.groups * math.prod(self.module.kernel_size)
 
-    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Seen:
-        """Patches of the input with stride − 1 zeros between its values, one for each position of the output."""
-        x, layer = _batched((args[0] if args else kwargs["input"]).detach(), self.module), self.module
-        places, reach = (
-            self._place(output),
-            [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size, strict=True)],
-        )
+    def _walked(self, x: Tensor, places: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        """The input with stride − 1 zeros between its values, padded, in single steps."""
+        layer = self.module
         size = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], layer.stride, strict=True)]
         spread = x.new_zeros(*x.shape[:2], *size)
         apart = [slice(None), slice(None), *(slice(None, None, int(s)) for s in layer.stride)]
         spread[tuple(apart)] = x
         sides: list[int] = []
-        for i, (length, place, far) in enumerate(zip(size, places, reach, strict=True)):
-            before = far - int(layer.padding[i])
-            sides = [before, place + far - length - before, *sides]
-        padded = F.pad(spread, sides)
-
-        def patches(positions: Tensor) -> Tensor:
-            return _patches(padded, positions, places, (1,) * len(places), layer.dilation, layer.kernel_size)
-
-        return Seen(output.numel() // layer.out_channels, patches, lambda i: self.lay(output, i), output)
+        for i, (length, place) in enumerate(zip(size, places, strict=True)):
+            reach = layer.dilation[i] * (layer.kernel_size[i] - 1)
+            before = reach - int(layer.padding[i])
+            sides = [before, place + reach - length - before, *sides]
+        return F.pad(spread, sides), (1,) * len(places)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
         """``(groups, N, M)``; the kernel is turned round."""

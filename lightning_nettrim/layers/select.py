@@ -88,25 +88,21 @@ def _candidates(model: nn.Module) -> tuple[dict[str, Layer | str], dict[str, nn.
         if _has_matrix(module) and id(module) not in parts:
             for name, candidate in _layers_of(path, module):
                 candidates[name], kinds[name] = candidate, module
-    owners: dict[int, list[tuple[str, nn.Module]]] = {}
+    owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            owners.setdefault(id(parameter), []).append((joined(path, key), module))
-    for name, layer in list(candidates.items()):
-        current = candidates[name]
-        if isinstance(layer, str) or isinstance(current, str):
-            continue
-        twins = [
-            other
-            for key, other in candidates.items()
-            if key != name and isinstance(other, Layer) and other.parameter is layer.parameter
-        ]
-        names = [key for key, _ in owners[id(layer.parameter)]]
-        if len(twins) + 1 < len(names) or any(not _alike(layer, twin) for twin in twins):
-            candidates[name] = f"its weight is shared ({', '.join(names)})"
+            owners.setdefault(id(parameter), []).append(joined(path, key))
+    sharing: dict[int, list[Layer]] = {}
+    for candidate in candidates.values():
+        if isinstance(candidate, Layer):
+            sharing.setdefault(id(candidate.parameter), []).append(candidate)
+    for (first, *twins), names in ((layers, owners[key]) for key, layers in sharing.items()):
+        if len(twins) + 1 < len(names) or any(not _alike(first, twin) for twin in twins):
+            reason = f"its weight is shared ({', '.join(names)})"
+            candidates |= dict.fromkeys([layer.name for layer in (first, *twins)], reason)
         elif twins:
-            candidates[name] = replace(layer, partners=tuple(twins))
-            candidates |= {twin.name: f"it is the same layer as {name}, and solved with it" for twin in twins}
+            candidates[first.name] = replace(first, partners=tuple(twins))
+            candidates |= {twin.name: f"it is the same layer as {first.name}, and solved with it" for twin in twins}
     return candidates, kinds
 
 
