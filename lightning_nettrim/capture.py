@@ -83,7 +83,7 @@ def record(
     flows: Mapping[str, Flow] | None = None,
     inputs: bool = True,
     outputs: bool = True,
-    num_samples: int,
+    num_samples: int | Mapping[str, int],
     seed: int,
     stop: bool = False,
 ) -> dict[str, Tape]:
@@ -99,7 +99,7 @@ def record(
         flows: how the layers are used; without them no residual sums are recorded.
         inputs: record X.
         outputs: record Z.
-        num_samples: rows kept per layer at most.
+        num_samples: rows kept per layer at most, of all layers or of each.
         seed: of the sample.
         stop: skip the rest of a forward pass once all layers were called as often as their flows say.
 
@@ -109,7 +109,8 @@ def record(
     Raises:
         ValueError: if a residual sum of a flow is not met.
     """
-    reservoirs = {name: Reservoir(num_samples, seed) for name in layers}
+    most = dict.fromkeys(layers, num_samples) if isinstance(num_samples, int) else num_samples
+    reservoirs = {name: Reservoir(most[name], seed) for name in layers}
     sums = {name: flows[name].sums if flows else 0 for name in layers}
     waiting: dict[str, list[_Waiting]] = {name: [] for name in layers}
     expected = sum(flows[name].calls for name in layers) if flows and stop else 0
@@ -279,6 +280,6 @@ class _Waiting:
 
 
 def _tape(reservoir: Reservoir, inputs: bool, outputs: bool, sums: bool) -> Tape:
-    columns = iter([torch.cat(parts) for parts in zip(*reservoir.chunks(), strict=True)])
+    columns = iter([torch.cat(parts) for parts in zip(*(c.load() for c in reservoir.chunks()), strict=True)])
     X, Z, R = (next(columns) if asked else None for asked in (inputs, outputs, sums))
     return Tape(X, Z, R, reservoir.seen)

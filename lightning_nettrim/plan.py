@@ -16,6 +16,7 @@ from lightning_nettrim.layers import Layer, per_layer_options, prunable
 from lightning_nettrim.pattern import Pattern
 from lightning_nettrim.report import SkippedLayer
 from lightning_nettrim.sample import Inputs
+from lightning_nettrim.shelf import OFFLOAD
 from lightning_nettrim.solvers import Solver
 
 MIN_SAMPLES = 32
@@ -114,6 +115,9 @@ def check_arguments(
     num_samples: int,
     penalize_bias: bool,
     plan: str | Path | None,
+    max_memory: float | None,
+    offload: str,
+    on_failure: str,
     **_: Any,
 ) -> Budget:
     """What can be said about the arguments of `trim` before a model is seen; returns the common budget.
@@ -144,11 +148,15 @@ def check_arguments(
         ("mode", mode, ("max", "min")),
         ("allocate", allocate, ("uniform", "epsilon", "global", "magnitude")),
         ("importance", importance, ("outgoing", "equal")),
+        ("offload", offload, OFFLOAD),
+        ("on_failure", on_failure, ("magnitude", "dense")),
     ):
         if value not in choices:
             raise ValueError(f"{name}: expected {' or '.join(map(repr, choices))}, got {value!r}")
     if solver is not None and not isinstance(solver, Solver):
         raise ValueError(f"solver: expected a Solver, such as Cardinality(), got {solver!r}")
+    if max_memory is not None and not 0 < max_memory < float("inf"):
+        raise ValueError(f"max_memory: expected > 0 (GiB; 2 is two of them), got {max_memory}")
     if num_samples < MIN_SAMPLES:
         raise ValueError(f"num_samples: expected at least {MIN_SAMPLES}, got {num_samples}: a few thousand are usual")
     budgets = [common, *(override(common, options) for options in (per_layer or {}).values())]

@@ -2,167 +2,112 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from lightning_nettrim import mask, norms
 from lightning_nettrim.capture import Tape, evaluating
-from lightning_nettrim.fold import Fold
-from lightning_nettrim.layers import Layer, joined
+from lightning_nettrim.journal import digest
+from lightning_nettrim.layers import Layer
+from lightning_nettrim.memory import GIB, with_less
 from lightning_nettrim.method import Method
 from lightning_nettrim.outcome import discrepancy_bound, length, row
-from lightning_nettrim.plan import Budget, Plan
+from lightning_nettrim.plan import Budget
 from lightning_nettrim.pose import pose
 from lightning_nettrim.problem import LayerProblem
 from lightning_nettrim.rectifier import Rectifier
 from lightning_nettrim.report import LayerReport, TrimResult
-from lightning_nettrim.sample import Inputs
-from lightning_nettrim.signals import Signals
-from lightning_nettrim.solvers import Solution, Solver
-
-log = logging.getLogger(__name__)
+from lightning_nettrim.solvers import Magnitude, Solution, Solver, Status
+from lightning_nettrim.trained import Trained
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a `Pruner` goes about it.
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What became of one layer.
 
-    Args:
-        scheme: ``"cascade"`` or ``"parallel"``.
-        solver: the method; ``None`` is `Cardinality` for a sparsity and `ADMM` for an epsilon.
-        num_samples: rows per layer at most.
-        seed: of that sample.
-        penalize_bias: let biases be pruned like weights.
-        importance: ``"outgoing"`` or ``"equal"``, what a neuron's error counts in `Cardinality`.
-        recalibrate: re-estimate the running statistics of BatchNorms.
+    Attributes:
+        values: its parameters, and those of what follows it, by name.
+        report: its row.
+        error: of its response on the trained signal, where the layers are a plain chain.
+        fed: whether they are, up to this one.
     """
 
-    scheme: str
-    solver: Solver | None
-    num_samples: int
-    seed: int
-    penalize_bias: bool
-    importance: str
-    recalibrate: bool
+    values: dict[str, Tensor]
+    report: LayerReport
+    error: float
+    fed: bool
 
 
-class Pruner:
-    """The layers of a plan, their trained responses on the held inputs, and what of a solve can be used again.
-
-    Args:
-        model: a trained module.
-        todo: which layers, how they are used.
-        held: what `hold` returned.
-        settings: how to go about it.
-    """
-
-    def __init__(self, model: nn.Module, todo: Plan, held: Sequence[Inputs], settings: Settings) -> None:
-        self.model, self.todo, self.settings = model, todo, settings
-        penalize_bias = settings.penalize_bias
-        self.folds = {
-            name: Fold.of(layer, todo.flows[name], model, penalize_bias) for name, layer in todo.layers.items()
-        }
-        self.signals = Signals(model, todo, self.folds, held, settings.num_samples, settings.seed)
-        known = [name for name, layer in todo.norms.items() if layer is not None]
-        self._norms = known if settings.recalibrate else []
-        written = {key for fold in self.folds.values() for key in fold.written}
-        own = {key for name in self._norms for key, _ in _state(model, name)}
-        self.dense = mask.copies(model, sorted(written | own))
-        self.last = next(reversed(todo.layers))
-        self.doing = "choosing budgets"
-        with evaluating(model):
-            self.trained = self.signals.answers()
-            outgoing = settings.importance == "outgoing"
-            self.method = Method(
-                settings.solver, penalize_bias, self.signals.importance(self.weights()) if outgoing else {}
-            )
+class Pruner(Trained):
+    """Prunes a trained model in place, to budgets, as often as one likes; see `Trained` for its arguments."""
 
     def smaller(self, size: int, solver: Solver) -> Pruner:
         """Another one of the trained model, on about so many of the inputs, by another solver."""
         self.restore()
-        held = self.signals.probe(size).held
+        held = self.signals.probe(size, self.settings.num_samples).held
         samples = min(size, self.settings.num_samples)
-        return Pruner(self.model, self.todo, held, replace(self.settings, solver=solver, num_samples=samples))
+        settings = replace(self.settings, solver=solver, num_samples=samples)
+        return Pruner(self.model, self.todo, held, settings, self.room)
 
-    @property
-    def prunable(self) -> list[str]:
-        """Names of the parameters that may get zeros."""
-        return [name for layer in self.todo.layers.values() for name in layer.names(self.settings.penalize_bias)]
-
-    def sizes(self) -> dict[str, int]:
-        """Prunable weights of each layer."""
-        return {name: W[0].numel() * len(W) for name, W in self.weights().items()}
-
-    def weights(self) -> dict[str, Tensor]:
-        """``{name: (groups, N, M)}``: the prunable weights of each layer, as trained."""
-        bias = self.settings.penalize_bias
-        return {name: fold.W if bias else fold.W[:, : fold.layer.inputs] for name, fold in self.folds.items()}
-
-    def restore(self, values: Mapping[str, Tensor] | None = None) -> None:
-        """Put the trained weights back, or those of a snapshot."""
-        mask.swap(self.model, self.dense if values is None else values)
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """Copies of the layers' parameters as they are now."""
-        return mask.copies(self.model, list(self.dense))
-
-    def prune(self, budgets: Mapping[str, Budget], tell: Callable[[LayerReport], None] | None = None) -> TrimResult:
+    def prune(
+        self,
+        budgets: Mapping[str, Budget],
+        tell: Callable[[LayerReport], None] | None = None,
+        progress: Callable[[str, float], None] | None = None,
+        label: str = "",
+    ) -> TrimResult:
         """Prune the trained network to these budgets, in place, within `saved`.
 
         Args:
             budgets: of every layer.
             tell: called with the report of each layer as it is finished; its ``discrepancy`` is still NaN.
+            progress: called with what is being done and which fraction of it is.
+            label: of the entries in the journal.
         """
-        start = time.perf_counter()
-        reports: list[LayerReport] = []
-        pruned: dict[str, Tensor] = {}
-        errors: dict[str, float] = {}  # of each layer alone, on the trained signals
-        chained, before = True, None
+        start, work, done = time.perf_counter(), {n: _work(layer) for n, layer in self.todo.layers.items()}, 0.0
+        answers: dict[str, Answer] = {}
+        chained, before, cause = True, None, self.cause
         with evaluating(self.model):
             self.restore()
-            for name, layer in self.todo.layers.items():
-                self.doing, began = f"solving {name}", time.perf_counter()
+            for name in self.todo.layers:
+                self.doing = f"solving {name}"
+                if progress is not None:
+                    progress("pruning", done / sum(work.values()))
                 chained &= self._plain(name)
-                tapes = self.signals.tapes(*([before] if chained and before is not None else []), name)
-                trained_signal = self.settings.scheme == "parallel" or before is None
-                self._expect_calls(name, tapes.get(name))
-                problem = self.pose(name, tapes[name], budgets[name], trained_signal)
-                solution, W, values = self._solve(name, problem, budgets[name], trained_signal)
-                pruned |= values
+                cause = digest(cause, repr(budgets[name]), before)
+                answer = self._known(label + name, cause)
+                if answer is None:
+                    answer = with_less(
+                        partial(self._answer, name, budgets[name], before, chained), partial(self.less, name)
+                    )
+                    self._remember(label + name, cause, answer)
+                answers[name] = answer
+                chained &= answer.fed
                 if self.settings.scheme == "cascade":
-                    mask.swap(self.model, values)
+                    mask.swap(self.model, answer.values)
                     self._recalibrate(budgets, name)
-                if chained and before is not None:
-                    chained = self.signals.feeds(before, tapes[before], tapes[name])
-                if chained:
-                    signal = problem.X if before is None else self.folds[name].rows(self.trained[before][0])
-                    errors[name] = length(replace(problem, X=signal).response(W) - problem.Y)
-                zeros = self._zeros(layer, values)
-                reports.append(row(layer, problem, solution, W, zeros, time.perf_counter() - began))
                 if tell is not None:
-                    tell(reports[-1])
-                before = name
+                    tell(answer.report)
+                cause, before, done = digest(cause, answer.values), name, done + work[name]
             self.doing = "measuring the pruned network"
+            pruned = {key: value for answer in answers.values() for key, value in answer.values.items()}
             if self.settings.scheme == "parallel":
                 mask.swap(self.model, pruned)
                 for name in self.todo.layers:
                     self._recalibrate(budgets, name)
-            kept = [name for name in self._norms if self._is_part(budgets, name)]
+            kept = [name for name in self.norms if self._is_part(budgets, name)]
             mask.swap(self.model, norms.moved(self.model, kept, self.signals.held))
-            tapes = self.signals.tapes(*self.todo.layers, inputs=False)
-            distances = {}
-            for name in self.todo.layers:
-                self._expect_calls(name, tapes.get(name))
-                distances[name] = length(self.signals.answer(name, tapes[name]) - self.trained[name])
-        sizes = {name: length(self.trained[name]) for name in self.trained}
-        parameters = dict(self.model.named_parameters())
+            distances = with_less(lambda: self.trained.distances(self.signals), self.less)
+        sizes, parameters = self.trained.sizes, dict(self.model.named_parameters())
+        reports = (replace(a.report, discrepancy=distances[n] / (sizes[n] or 1.0)) for n, a in answers.items())
+        errors = {name: answer.error for name, answer in answers.items()}
         return TrimResult(
-            reports=tuple(replace(r, discrepancy=distances[r.name] / (sizes[r.name] or 1.0)) for r in reports),
+            reports=tuple(reports),
             skipped=self.todo.skipped,
             masks={name: parameters[name].detach() != 0 for name in self.prunable},
             sparsity=mask.sparsity({name: parameters[name] for name in self.prunable}),
@@ -171,7 +116,54 @@ class Pruner:
             discrepancy_bound=discrepancy_bound(errors, pruned, self.todo) if chained else None,
             response_norm=sizes[self.last],
             seconds=time.perf_counter() - start,
+            notes=tuple(self.notes),
         )
+
+    def _answer(self, name: str, wanted: Budget, before: str | None, chained: bool) -> Answer:
+        """Record what a layer sees now, solve for it and judge the answer; the model stays as it is.
+
+        Args:
+            name: of the layer.
+            wanted: its budget.
+            before: the layer pruned before it.
+            chained: whether the layers so far are a plain chain, for which errors are known to add up.
+        """
+        began = time.perf_counter()
+        if self.meter is not None:
+            self.meter.lap()
+        fed = chained and before is not None
+        tapes = self.signals.tapes(*([before] if fed and before is not None else []), name)
+        self.trained.expect_calls(name, tapes[name].rows if name in tapes else 0)
+        if fed and before is not None:
+            fed = self.signals.feeds(before, tapes.pop(before), tapes[name])
+        trained_signal = self.settings.scheme == "parallel" or before is None
+        problem = self.pose(name, tapes.pop(name), wanted, trained_signal)
+        solution, W, values, fallback = self._solve(name, problem, wanted, trained_signal)
+        error = 0.0
+        if chained and before is None:
+            fed, error = True, length(problem.response(W) - problem.Y)
+        elif fed and before is not None:
+            signal = self.folds[name].rows(self.trained[before][0])
+            error = length(replace(problem, X=signal).response(W) - problem.Y)
+        memory = None if self.meter is None else self.meter.lap() / GIB
+        layer = self.todo.layers[name]
+        report = row(layer, problem, solution, W, self._zeros(layer, values), time.perf_counter() - began)
+        return Answer(values, replace(report, fallback=fallback, memory=memory), error, fed)
+
+    def _known(self, name: str, cause: str) -> Answer | None:
+        """A layer's answer in the journal."""
+        entry = None if self.journal is None else self.journal.read(name, cause)
+        if entry is None:
+            return None
+        values, facts = entry
+        report = LayerReport(**{**facts["report"], "shape": tuple(facts["report"]["shape"])})
+        device = next(self.model.parameters()).device
+        return Answer({key: value.to(device) for key, value in values.items()}, report, facts["error"], facts["fed"])
+
+    def _remember(self, name: str, cause: str, answer: Answer) -> None:
+        if self.journal is not None:
+            facts = {"report": asdict(answer.report), "error": answer.error, "fed": answer.fed}
+            self.journal.write(name, cause, answer.values, facts)
 
     def pose(self, name: str, tape: Tape, wanted: Budget, trained_signal: bool) -> LayerProblem:
         """One layer's program on what was recorded."""
@@ -179,21 +171,36 @@ class Pruner:
         convex = self.method.of(wanted).convex
         return pose(self.folds[name], X, self.trained[name], offset, wanted, convex, trained_signal)
 
-    def trained_values(self, name: str) -> dict[str, Tensor]:
-        """The parameters of a layer, and of what follows it, as trained."""
-        return {key: self.dense[key] for key in self.folds[name].written}
-
     def _solve(
         self, name: str, problem: LayerProblem, wanted: Budget, trained_signal: bool
-    ) -> tuple[Solution, Tensor, dict[str, Tensor]]:
-        """The solution, its folded weights after the refit, and them as parameters."""
+    ) -> tuple[Solution, Tensor, dict[str, Tensor], str]:
+        """The solution, its folded weights after the refit, them as parameters, and what was done if it failed."""
+        dense = Solution.uncertified(problem.W), problem.W, self.trained_values(name)
         if wanted.sparsity == 0:
-            return Solution.uncertified(problem.W), problem.W, self.trained_values(name)
-        return self.method.solve(name, self.folds[name], problem, wanted, trained_signal)
+            return *dense, ""
+        fold, status = self.folds[name], Status.NONFINITE
+        try:
+            solution, W, values = self.method.solve(name, fold, problem, wanted, trained_signal)
+            status, failed = Status(int(solution.status.amax())), failure(problem, solution, W)
+        except torch.linalg.LinAlgError as error:
+            failed = f"the solve failed: {error}"
+        if not failed:
+            return solution, W, values, ""
+        if self.settings.on_failure == "magnitude":
+            simple = Method(Magnitude(), self.settings.penalize_bias)
+            solution, W, values = simple.solve(name, fold, problem, wanted, trained_signal)
+            if not failure(problem, solution, W):
+                solution = replace(solution, status=torch.full_like(solution.status, int(status)))
+                return solution, W, values, f"by magnitude and refit, for {failed}"
+        return (
+            replace(dense[0], status=torch.full_like(dense[0].status, int(status))),
+            *dense[1:],
+            f"left dense, for {failed}",
+        )
 
     def _recalibrate(self, budgets: Mapping[str, Budget], layer: str) -> None:
         """Re-estimate, one by one, the BatchNorms that run next after a layer and are no part of a solution."""
-        for name in self._norms:
+        for name in self.norms:
             if self.todo.norms[name] == layer and not self._is_part(budgets, name):
                 mask.swap(self.model, norms.reestimated(self.model, name, self.signals.held))
 
@@ -203,15 +210,6 @@ class Pruner:
             flow.norm == norm and (self.method.of(budgets[name]).behind or budgets[name].refit)
             for name, flow in self.todo.flows.items()
         )
-
-    def _expect_calls(self, name: str, tape: Tape | None) -> None:
-        """Raise ValueError unless a layer saw as many rows as in the trained network."""
-        rows, trained = 0 if tape is None else tape.rows, self.trained[name].shape[1]
-        if rows != trained:
-            raise ValueError(
-                f"{name}: expected to be called as in the trained network, on {trained} rows, got {rows}: the network"
-                " decides by its signals whether to call it; ignore it"
-            )
 
     def _plain(self, name: str) -> bool:
         """Whether a layer is a matrix and a ReLU at most, for which errors are known to add up."""
@@ -224,22 +222,23 @@ class Pruner:
         own = layer.names(self.settings.penalize_bias)
         return sum(int((values[key].to(layer.parameter.dtype) == 0).sum()) for key in own)
 
-    @contextmanager
-    def saved(self) -> Iterator[None]:
-        """A `with` after which, by whatever exception, all layers have their trained weights again."""
-        try:
-            with mask.restored_on_error(self.model, self.dense):
-                yield
-        except BaseException as error:
-            log.warning(
-                "%s while %s: all of %s have their trained weights again",
-                type(error).__name__, self.doing, ", ".join(self.todo.layers),
-            )  # fmt: skip
-            raise
+
+def _work(layer: Layer) -> float:
+    """What a layer costs, about, in relation to others: a pass over the inputs, the Gram matrix, the steps."""
+    N, M = layer.inputs, layer.outputs
+    return 1e8 + layer.groups * (1e3 * N * N + 10.0 * N**3 + 1e3 * N * M)
 
 
-def _state(model: nn.Module, norm: str) -> list[tuple[str, Tensor]]:
-    """The parameters and the running statistics of a BatchNorm, by name."""
-    module = model.get_submodule(norm)
-    statistics = [(key, value) for key, value in module.named_buffers() if key != "num_batches_tracked"]
-    return [(joined(norm, key), value) for key, value in [*module.named_parameters(), *statistics]]
+def failure(problem: LayerProblem, solution: Solution, W: Tensor) -> str:
+    """Why an answer cannot be used; empty if it can.
+
+    One that did not converge can, as long as it answers within its radius.
+    """
+    status = Status(int(solution.status.amax()))
+    if status in (Status.NONFINITE, Status.INFEASIBLE) or not bool(W.isfinite().all()):
+        return f"the solve ended {status.name}"
+    if status == Status.MAX_STEPS and bool(solution.epsilon.isfinite().all()):
+        far, radius = length(problem.response(W) - problem.Y), length(solution.epsilon)
+        if far > 1.01 * radius:
+            return f"the solve did not converge: it answers {far / radius:.2f} times its radius away"
+    return ""

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from lightning_nettrim import allocate, mask
 from lightning_nettrim.allocate import Bounds, Curve
 from lightning_nettrim.capture import evaluating
+from lightning_nettrim.journal import digest
+from lightning_nettrim.memory import with_less
 from lightning_nettrim.outcome import length, relative_error
 from lightning_nettrim.plan import Budget
 from lightning_nettrim.prune import Pruner
@@ -37,12 +41,14 @@ class Rehearsal:
 
     Args:
         pruner: of the trained model.
+        progress: called with what is being done and which fraction of it is.
     """
 
-    def __init__(self, pruner: Pruner) -> None:
-        self.pruner = pruner
+    def __init__(self, pruner: Pruner, progress: Callable[[str, float], None] | None = None) -> None:
+        self.pruner, self._progress = pruner, progress or (lambda doing, fraction: None)
         self._curves: dict[str, Curve] = {}
         self._stage: Pruner | None = None
+        self._trained: tuple[Signals, Tensor] | None = None  # by which the probe's last layer answered what
 
     def budgets(self, how: str, sparsity: float | None) -> dict[str, Budget]:
         """The budget of every layer, the common sparsity spread over those that share it.
@@ -65,7 +71,7 @@ class Rehearsal:
         elif how == "epsilon":
             kept = allocate.common_error(self.curves(list(sizes)), total, bounds)
         else:
-            return min(self._candidates(sizes, total, bounds), key=self.discrepancy)
+            return self._best(self._candidates(sizes, total, bounds))
         return self._with(sizes, kept)
 
     def room(self) -> tuple[dict[str, int], dict[str, tuple[int, int]]]:
@@ -83,8 +89,12 @@ class Rehearsal:
         self.pruner.doing = "rehearsing an allocation"
         if self._stage is None:
             self._stage = self.pruner.smaller(REHEARSAL, QUICK)
+
+        def progress(_: str, fraction: float) -> None:
+            self._progress("rehearsing an allocation", fraction)
+
         try:
-            return self._stage.prune(budgets).discrepancy
+            return self._stage.prune(budgets, progress=progress).discrepancy
         finally:
             self.pruner.restore()
 
@@ -94,17 +104,36 @@ class Rehearsal:
         missing = [name for name in names if name not in self._curves]
         with evaluating(pruner.model):
             pruner.restore()
-            probe = pruner.signals.probe(PROBE)
-            trained = probe.answers(pruner.last)[pruner.last]
-            for name in missing:
+            for i, name in enumerate(missing):
                 pruner.doing = f"measuring the curve of {name}"
-                self._curves[name] = self._curve(name, probe, trained)
-                mask.swap(pruner.model, pruner.trained_values(name))
+                self._progress("measuring what a layer's zeros cost", i / len(missing))
+                measured = self._remembered(
+                    f"curve-{name}", repr(pruner.todo.budgets[name]), partial(self._curve, name)
+                )
+                self._curves[name] = Curve(*map(tuple, measured))
+                pruner.restore()
         return {name: self._curves[name] for name in names}
 
-    def _curve(self, name: str, probe: Signals, trained: Tensor) -> Curve:
-        """One layer's, by what the probe's last layer answered when trained; the model is left with it pruned."""
+    def _remembered(self, name: str, about: str, compute: Callable[[], Any]) -> Any:
+        """What the journal holds, or what is computed now, with less where memory does not suffice."""
+        journal, cause = self.pruner.journal, digest(self.pruner.cause, about)
+        entry = None if journal is None else journal.read(name, cause)
+        if entry is not None:
+            return entry[1]
+        found = with_less(compute, self.pruner.less)
+        if journal is not None:
+            journal.write(name, cause, {}, found)
+        return found
+
+    def _curve(self, name: str) -> tuple[list[int], list[float], list[float]]:
+        """The columns of one layer's curve; the model is left with it pruned."""
         pruner, last = self.pruner, self.pruner.last
+        pruner.restore()
+        probe = pruner.signals.probe(PROBE, pruner.settings.num_samples)
+        if self._trained is None or self._trained[0] is not pruner.signals:
+            self._trained = pruner.signals, probe.answers(last)[last]
+        trained = self._trained[1]
+        size = length(trained) or 1.0
         fold, budget, tape = pruner.folds[name], pruner.todo.budgets[name], pruner.signals.tapes(name)[name]
         spectrum, points = pruner.method.spectra.get(name), {}
         for density in DENSITIES:
@@ -116,13 +145,22 @@ class Rehearsal:
             spectrum = solution.state
             W = refit(problem, solution.W, steps=2, inner=8)
             mask.swap(pruner.model, fold.parameters(W))
-            effect = length(probe.answers(last)[last] - trained) / (length(trained) or 1.0)
+            effect = length(probe.answers(last)[last] - trained) / size
             points[problem.nonzeros] = relative_error(problem, W), effect
         if pruner.settings.scheme == "parallel" or name == next(iter(pruner.todo.layers)):
             pruner.method.spectra[name] = spectrum
         points[pruner.sizes()[name]] = 0.0, 0.0
         errors, effects = zip(*points.values(), strict=True)
-        return Curve(tuple(points), errors, effects)
+        return [*points], [*errors], [*effects]
+
+    def _best(self, candidates: Iterator[dict[str, Budget]]) -> dict[str, Budget]:
+        """Those budgets that change the network's output least in a rehearsal."""
+
+        def judged(budgets: dict[str, Budget]) -> float:
+            about = repr(sorted(budgets.items()))
+            return self._remembered(f"rehearsal-{digest(about)[:8]}", about, lambda: self.discrepancy(budgets))
+
+        return min(candidates, key=judged)
 
     def _candidates(self, sizes: Mapping[str, int], total: int, bounds: Bounds) -> Iterator[dict[str, Budget]]:
         """By marginal effect, which takes layers one at a time; by magnitude; and halfway.

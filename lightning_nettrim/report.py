@@ -34,6 +34,8 @@ class LayerReport:
         steps: of the solver.
         seconds: recording, solving and refitting.
         status: CONVERGED, MAX_STEPS, INFEASIBLE or NONFINITE.
+        fallback: what was done instead of a failed solve, and why it failed; empty where none did.
+        memory: peak above what was in use at the beginning, GiB; None where it was not measured.
     """
 
     name: str
@@ -52,19 +54,23 @@ class LayerReport:
     steps: int
     seconds: float
     status: str
+    fallback: str = ""
+    memory: float | None = None
 
     def scalars(self) -> dict[str, float]:
         """The numbers that are worth a chart, by name."""
-        names = ("sparsity", "relative_error", "discrepancy", "duality_gap", "violation", "steps", "seconds")
+        names = ("sparsity", "relative_error", "discrepancy", "duality_gap", "violation", "steps", "seconds", "memory")
         values = {name: getattr(self, name) for name in names}
         return {name: float(value) for name, value in values.items() if value is not None}
 
     def line(self) -> str:
         """One line for a log."""
         gap = "" if self.duality_gap is None else f", duality gap {self.duality_gap:.1e}"
+        memory = "" if self.memory is None else f", {self.memory:.2f} GiB"
+        fallback = f"; {self.fallback}" if self.fallback else ""
         return (
             f"{self.name}: {self.sparsity:.1%} zeros, response error {self.relative_error:.2%}{gap},"
-            f" {self.steps} steps, {self.seconds:.1f} s, {self.status}"
+            f" {self.steps} steps, {self.seconds:.1f} s{memory}, {self.status}{fallback}"
         )
 
 
@@ -107,6 +113,8 @@ class TrimResult:
         seconds: for everything.
         trials: of a search for the sparsest network within a drop, the trained one first; else empty.
         plan: the budgets as YAML, which ``plan=`` reads.
+        peak_memory: above what was in use at the beginning, of the device or, on the CPU, of the process, GiB.
+        notes: what had to be done with less: fewer samples for want of memory, results of a run that was cut short.
     """
 
     reports: tuple[LayerReport, ...]
@@ -120,6 +128,8 @@ class TrimResult:
     seconds: float
     trials: tuple[Trial, ...] = ()
     plan: str = ""
+    peak_memory: float | None = None
+    notes: tuple[str, ...] = ()
 
     @classmethod
     def of_plan(cls, skipped: tuple[SkippedLayer, ...]) -> TrimResult:
@@ -129,7 +139,7 @@ class TrimResult:
     def total(self) -> dict[str, float | None]:
         """The numbers of the whole network, by name."""
         names = ("sparsity", "model_sparsity", "discrepancy", "discrepancy_bound", "response_norm", "seconds")
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in (*names, "peak_memory")}
 
     def table(self) -> str:
         """The reports as an aligned text table, with the skipped layers and the whole network under it."""
@@ -138,7 +148,10 @@ class TrimResult:
         lines.append(
             f"all pruned layers: {self.sparsity:.2%} zeros; whole model: {self.model_sparsity:.2%};"
             f" discrepancy {self.discrepancy:.4g}{bound} of {self.response_norm:.4g}; {self.seconds:.1f} s"
+            + ("" if self.peak_memory is None else f"; {self.peak_memory:.2f} GiB at most")
         )
+        lines += [f"{report.name}: {report.fallback}" for report in self.reports if report.fallback]
+        lines += self.notes
         lines += [trial.line() for trial in self.trials]
         lines += [f"skipped {layer.name or '(the model)'}: {layer.reason}" for layer in self.skipped]
         return "\n".join(lines)
@@ -203,6 +216,7 @@ def as_json(
             "skipped": [asdict(layer) for layer in result.skipped],
             "total": result.total(),
             "trials": [asdict(trial) for trial in result.trials],
+            "notes": result.notes,
             "metrics": metrics,
             "arguments": arguments,
             "versions": versions,

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from lightning_nettrim.shelf import Kept, Shelf
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -18,15 +21,22 @@ _ROWS = object()  # stands, in the form of a batch, where a tensor's sampled row
 class Reservoir:
     """A uniform sample of at most ``size`` rows of a stream, in the stream's order; the same for the same row counts.
 
-    Every row draws a uniform key; the ``size`` smallest keys stay (bottom-k sampling).
+    Every row draws a uniform key; the ``size`` smallest keys stay (bottom-k sampling), so that a smaller sample is part
+    of a larger one.
+
+    Args:
+        size: rows at most.
+        seed: of the keys.
+        shelf: where rows wait; where they come from, if not given.
     """
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, size: int, seed: int, shelf: Shelf | None = None) -> None:
         self.size, self.seen = size, 0
         self._generator = torch.Generator().manual_seed(seed)
         self._threshold = float("inf")
+        self._shelf = Shelf("device") if shelf is None else shelf
         self._keys: list[Tensor] = []
-        self._chunks: list[list[Tensor]] = []
+        self._chunks: list[Kept] = []
 
     def pick(self, count: int) -> tuple[Tensor, Tensor]:
         """Show so many rows; returns which of them stay, for now, and their keys, for `keep`."""
@@ -42,7 +52,7 @@ class Reservoir:
         if not len(keys):
             return
         self._keys.append(keys)
-        self._chunks.append([t.detach() for t in tensors])
+        self._chunks.append(self._shelf.put(tensors))
         if sum(map(len, self._keys)) > 2 * self.size:
             self._shrink()
 
@@ -52,7 +62,7 @@ class Reservoir:
         self.keep(keys, [t.index_select(0, chosen.to(t.device)) for t in tensors])
         return len(chosen) > 0
 
-    def chunks(self) -> list[list[Tensor]]:
+    def chunks(self) -> list[Kept]:
         """The sample, one entry for each offer of which rows are left."""
         if sum(map(len, self._keys)) > self.size:
             self._shrink()
@@ -62,7 +72,11 @@ class Reservoir:
         self._threshold = float(torch.cat(self._keys).kthvalue(self.size).values)
         kept = [(keys <= self._threshold).nonzero().squeeze(1) for keys in self._keys]
         pairs = [(i, keep) for i, keep in enumerate(kept) if len(keep)]
-        self._chunks = [[t.index_select(0, keep.to(t.device)) for t in self._chunks[i]] for i, keep in pairs]
+        for i, keep in pairs:
+            if len(keep) < len(self._keys[i]):
+                rows = [t.index_select(0, keep.to(t.device)) for t in self._chunks[i].load()]
+                self._chunks[i] = self._shelf.put(rows)
+        self._chunks = [self._chunks[i] for i, _ in pairs]
         self._keys = [self._keys[i][keep] for i, keep in pairs]
 
 
@@ -81,16 +95,71 @@ def inputs_of(model: nn.Module, batch: Any) -> Inputs:
     return (batch,), {}
 
 
-def hold(model: nn.Module, batches: Iterable[Any], num_samples: int, seed: int) -> list[Inputs]:
-    """A uniform sample of at most ``num_samples`` inputs of one pass over ``batches``, kept on the CPU.
+@dataclass(frozen=True, eq=False)
+class _Batch:
+    """One held batch: its tensors on a shelf, the form that they take, and which of their rows."""
+
+    kept: Kept
+    leaves: list[Any]
+    tree: Any
+    rows: slice | None = None
+
+    def load(self) -> Inputs:
+        tensors = self.kept.load()
+        parts = iter(tensors if self.rows is None else [t[self.rows] for t in tensors])
+        return tree_unflatten([next(parts) if leaf is _ROWS else leaf for leaf in self.leaves], self.tree)
+
+
+class Held(Sequence[Inputs]):
+    """Held batches, loaded one at a time from wherever they wait."""
+
+    def __init__(self, batches: Sequence[_Batch]) -> None:
+        self._batches = list(batches)
+
+    def __len__(self) -> int:
+        """Batches."""
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, index: int) -> Inputs: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Held: ...
+
+    def __getitem__(self, index: int | slice) -> Inputs | Held:
+        """One batch, or some of them still on their shelf."""
+        return Held(self._batches[index]) if isinstance(index, slice) else self._batches[index].load()
+
+    def narrower(self) -> Held:
+        """The same inputs in batches of half the rows, where they can be divided."""
+        halves = []
+        for batch in self._batches:
+            lengths = {len(t) for t in batch.kept.load()} if _ROWS in batch.leaves else set()
+            start, stop, _ = (batch.rows or slice(None)).indices(max(lengths, default=0))
+            middle = (start + stop + 1) // 2
+            parts = [slice(start, middle), slice(middle, stop)] if stop - start > 1 else [batch.rows]
+            halves += [replace(batch, rows=rows) for rows in parts]
+        return Held(halves)
+
+
+def hold(model: nn.Module, batches: Iterable[Any], num_samples: int, seed: int, shelf: Shelf | None = None) -> Held:
+    """A uniform sample of at most ``num_samples`` inputs of one pass over ``batches``, kept on a shelf.
 
     The pass happens once, so that generators, shuffling and augmentation are safe; what is returned can be replayed.
     A batch whose tensors do not share a first dimension counts as one input and is kept or dropped whole.
 
+    Args:
+        model: whose inputs.
+        batches: to sample from.
+        num_samples: inputs at most.
+        seed: of the sample.
+        shelf: where they wait; the host's memory, if not given.
+
     Raises:
         ValueError: for batches that hold no input.
     """
-    reservoir, width = Reservoir(num_samples, seed), 1
+    shelf = shelf or Shelf()
+    reservoir, width = Reservoir(num_samples, seed, shelf), 1
     forms: dict[int, tuple[list[Any], Any]] = {}  # of each batch: its leaves and its tree
     for index, batch in enumerate(batches):
         leaves, tree = tree_flatten(inputs_of(model, batch))
@@ -104,38 +173,42 @@ def hold(model: nn.Module, batches: Iterable[Any], num_samples: int, seed: int) 
             leaves = [_ROWS if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         else:
             length, tensors, leaves = 1, [], [tree_map(_to("cpu"), leaf) for leaf in leaves]
-        if reservoir.offer([torch.full((length,), index), *(t.cpu() for t in tensors)]):
+        if reservoir.offer([torch.full((length,), index), *tensors]):
             forms[index] = leaves, tree
     if not reservoir.seen:
         raise ValueError("expected batches to calibrate on, got none: the loader is empty, or a generator is exhausted")
-    held = []
-    for number, *tensors in reservoir.chunks():
+    return Held([_joined(group, shelf) for group in _groups(reservoir.chunks(), forms, width)])
+
+
+def _groups(
+    chunks: list[Kept], forms: Mapping[int, tuple[list[Any], Any]], width: int
+) -> Iterator[list[tuple[list[Tensor], list[Any], Any]]]:
+    """Neighbouring chunks of one form, up to ``width`` rows together, so that a replay has few batches.
+
+    The list is emptied on the way, so that no input is held twice.
+    """
+    group: list[tuple[list[Tensor], list[Any], Any]] = []
+    while chunks:
+        number, *tensors = chunks.pop(0).load()
         leaves, tree = forms[int(number[0])]
-        parts = iter(tensors)
-        held.append(([next(parts) if leaf is _ROWS else leaf for leaf in leaves], tree))
-    return [tree_unflatten(leaves, tree) for leaves, tree in _merged(held, width)]
+        if group and not (group[-1][2] == tree and _joinable([*group, (tensors, leaves, tree)], width)):
+            yield group
+            group = []
+        group.append((tensors, leaves, tree))
+    yield group
 
 
-def _merged(held: list[tuple[list[Any], Any]], width: int) -> list[tuple[list[Any], Any]]:
-    """Neighbouring chunks of one form joined up to ``width`` rows, so that a replay has few batches."""
-    groups: list[tuple[list[list[Any]], Any]] = []
-    for leaves, tree in held:
-        if groups and groups[-1][1] == tree and _joinable([*groups[-1][0], leaves], width):
-            groups[-1][0].append(leaves)
-        else:
-            groups.append(([leaves], tree))
-    return [
-        ([torch.cat(parts) if isinstance(parts[0], Tensor) else parts[0] for parts in zip(*group, strict=True)], tree)
-        for group, tree in groups
-    ]
-
-
-def _joinable(group: list[list[Any]], width: int) -> bool:
+def _joinable(group: Sequence[tuple[list[Tensor], list[Any], Any]], width: int) -> bool:
     """Whether chunks hold nothing but tensors of one form whose rows fit a batch."""
-    if not all(isinstance(leaf, Tensor) and leaf.dim() for leaves in group for leaf in leaves):
+    if any(leaf is not _ROWS for _, leaves, _ in group for leaf in leaves):
         return False
-    forms = {tuple((leaf.shape[1:], leaf.dtype) for leaf in leaves) for leaves in group}
-    return len(forms) == 1 and sum(len(leaves[0]) for leaves in group) <= width
+    forms = {tuple((t.shape[1:], t.dtype) for t in tensors) for tensors, _, _ in group}
+    return len(forms) == 1 and sum(len(tensors[0]) for tensors, _, _ in group) <= width
+
+
+def _joined(group: Sequence[tuple[list[Tensor], list[Any], Any]], shelf: Shelf) -> _Batch:
+    parts, leaves, tree = zip(*group, strict=True)
+    return _Batch(shelf.put([torch.cat(tensors) for tensors in zip(*parts, strict=True)]), leaves[0], tree[0])
 
 
 def _to(device: torch.device | str) -> Callable[[Any], Any]:

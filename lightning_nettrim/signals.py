@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from lightning_nettrim.capture import Tape, record
 from lightning_nettrim.fold import Fold
 from lightning_nettrim.plan import Plan
-from lightning_nettrim.sample import Inputs
+from lightning_nettrim.sample import Held
+
+GLANCE = 256
+"""Rows at which it is seen which layer reads which."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,31 +26,31 @@ class Signals:
         todo: which layers, how they are used.
         folds: what follows each layer, as trained.
         held: what `hold` returned.
-        num_samples: rows per layer at most.
+        rows: of each layer, at most.
         seed: of that sample.
     """
 
     model: nn.Module
     todo: Plan
     folds: Mapping[str, Fold]
-    held: Sequence[Inputs]
-    num_samples: int
+    held: Held
+    rows: Mapping[str, int]
     seed: int
 
-    def probe(self, size: int) -> Signals:
-        """The same on about the first ``size`` of the inputs."""
-        return replace(self, held=self.held[: max(1, len(self.held) * size // self.num_samples)])
+    def probe(self, size: int, num_samples: int) -> Signals:
+        """The same on about the first ``size`` of at most ``num_samples`` inputs."""
+        return replace(self, held=self.held[: max(1, len(self.held) * size // num_samples)])
 
-    def answers(self, name: str | None = None) -> dict[str, Tensor]:
-        """``{name: (groups, P, M)}``: the responses of one layer or of all, behind all that follows them."""
-        names = self.todo.layers if name is None else [name]
-        return {name: self.answer(name, tape) for name, tape in self.tapes(*names, inputs=False).items()}
+    def answers(self, *names: str) -> dict[str, Tensor]:
+        """``{name: (groups, P, M)}``: the responses of some layers, behind all that follows them."""
+        tapes = self.tapes(*names, inputs=False)
+        return {name: self.answer(name, tapes.pop(name)) for name in names if name in tapes}
 
     def tapes(self, *names: str, inputs: bool = True, outputs: bool = True) -> dict[str, Tape]:
         """What some layers see and answer, in one recording."""
         return record(
             self.model, {name: self.todo.layers[name] for name in names}, self.held, flows=self.todo.flows,
-            inputs=inputs, outputs=outputs, num_samples=self.num_samples, seed=self.seed, stop=True,
+            inputs=inputs, outputs=outputs, num_samples=self.rows, seed=self.seed, stop=True,
         )  # fmt: skip
 
     def inputs(self, name: str, tape: Tape) -> Tensor:
@@ -79,10 +82,10 @@ class Signals:
     def importance(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{name: (groups, 1, M)}``: the norm of the weights by which others read each neuron, with mean square one.
 
-        A layer is found to read another if on the first held batch its input is that one's answer; one that none reads
-        is left out.
+        A layer is found to read another if on some rows of the first held batch its input is that one's answer; one
+        that none reads is left out.
         """
-        first = replace(self, held=self.held[:1])
+        first = replace(self, held=self.held[:1], rows=dict.fromkeys(self.rows, GLANCE))
         tapes = first.tapes(*self.todo.layers)
         factors = {}
         for name in tapes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -10,14 +11,18 @@ from typing import Any, Literal
 
 from torch import nn
 
+from lightning_nettrim.journal import Journal
 from lightning_nettrim.layers import prunable, refuse_unusable
+from lightning_nettrim.memory import FRACTION, GIB, Meter, free
 from lightning_nettrim.plan import Options, as_text, check_arguments, choose, read
-from lightning_nettrim.prune import Pruner, Settings
+from lightning_nettrim.prune import Pruner
 from lightning_nettrim.rehearse import Rehearsal
 from lightning_nettrim.report import LayerReport, Trial, TrimResult
 from lightning_nettrim.sample import hold
+from lightning_nettrim.shelf import Shelf
 from lightning_nettrim.solvers import Solver
 from lightning_nettrim.tolerance import DENSEST, SPARSEST, sparsest
+from lightning_nettrim.trained import Settings
 
 
 def trim(
@@ -43,10 +48,16 @@ def trim(
     seed: int = 0,
     penalize_bias: bool = False,
     recalibrate_batchnorm: bool = True,
+    max_memory: float | None = None,
+    offload: Literal["device", "cpu", "disk"] = "cpu",
+    on_failure: Literal["magnitude", "dense"] = "magnitude",
+    folder: str | Path | None = None,
+    resume_from: Sequence[str | Path] = (),
     plan: str | Path | None = None,
     dry_run: bool = False,
     on_layer: Callable[[LayerReport], None] | None = None,
     on_trial: Callable[[Trial], None] | None = None,
+    on_progress: Callable[[str, float], None] | None = None,
 ) -> TrimResult:
     """Prune a trained model in place, without retraining it.
 
@@ -83,10 +94,20 @@ def trim(
         penalize_bias: let biases be pruned like weights, the paper's way.
         recalibrate_batchnorm: re-estimate the running statistics of every BatchNorm behind a pruned layer. One that a
             layer was solved behind gets a scale and a shift with them by which it answers as solved for.
+        max_memory: GiB beyond what is in use at the beginning, of the model's device (on the CPU, of the process), by
+            which the rows of a layer and the layers recorded at a time are chosen; ``None`` is half of what is free.
+        offload: where calibration inputs and trained responses wait: ``"device"``, ``"cpu"``, in the host's memory, or
+            ``"disk"``, in temporary files. What would take more than half of ``max_memory`` goes to disk in any case.
+        on_failure: where a layer's solve fails (NaN, infeasible, or an answer outside its epsilon): ``"magnitude"``,
+            prune it by magnitude and refit, or ``"dense"``, leave it as it is.
+        folder: where each finished layer is written as it is finished, and found again by the next call with the same
+            model, batches and arguments; ``None`` is nowhere.
+        resume_from: other such folders, which are read only.
         plan: file of a plan that a dry run wrote, perhaps edited; in place of budgets and of layer choices.
         dry_run: choose the budgets only; the result has nothing but a ``plan``, the model stays as it is.
         on_layer: called with the report of each layer as it is finished; its ``discrepancy`` is still NaN.
         on_trial: called after each trial of ``max_drop``.
+        on_progress: called with what is being done and which fraction of that is.
 
     Returns:
         The reports, masks and totals.
@@ -101,7 +122,7 @@ def trim(
     common = check_arguments(
         epsilon=epsilon, sparsity=sparsity, max_drop=max_drop, mode=mode, pattern=pattern, allocate=allocate,
         importance=importance, scheme=scheme, solver=solver, refit=refit, per_layer=per_layer, num_samples=num_samples,
-        penalize_bias=penalize_bias, plan=plan,
+        penalize_bias=penalize_bias, plan=plan, max_memory=max_memory, offload=offload, on_failure=on_failure,
     )  # fmt: skip
     if (max_drop is None) != (metric is None):
         raise ValueError("expected max_drop and metric together, got one of them: give both")
@@ -113,19 +134,31 @@ def trim(
             raise ValueError("plan: expected no targets, ignore or per_layer beside it, got some: edit the plan")
         per_layer = read(plan, prunable(model)[0])
         targets = list(per_layer)
-    held = hold(model, batches, num_samples, seed)
+    device = next(model.parameters()).device
+    limit, meter = free(device) * FRACTION if max_memory is None else max_memory * GIB, Meter(device)
+    on_device = offload == "device" or device.type == "cpu"
+    shelf = Shelf(offload, limit / 2 if on_device else math.inf)
+    held = hold(model, batches, num_samples, seed, shelf)
     todo = choose(model, held, common, targets, ignore, per_layer)
-    settings = Settings(scheme, solver, num_samples, seed, penalize_bias, importance, recalibrate_batchnorm)
-    pruner = Pruner(model, todo, held, settings)
-    rehearsal = Rehearsal(pruner)
+    settings = Settings(
+        scheme, solver, num_samples, seed, penalize_bias, importance, recalibrate_batchnorm, on_failure
+    )  # fmt: skip
+    journal = None if folder is None else Journal(Path(folder), [Path(other) for other in resume_from])
+    pruner = Pruner(model, todo, held, settings, limit - meter.lap(), shelf, journal, meter)
+    rehearsal = Rehearsal(pruner, on_progress)
     with pruner.saved():
         if metric is None:
             chosen = rehearsal.budgets(allocate, sparsity)
-            result = TrimResult.of_plan(todo.skipped) if dry_run else pruner.prune(chosen, on_layer)
+            result = TrimResult.of_plan(todo.skipped) if dry_run else pruner.prune(chosen, on_layer, on_progress)
             result = replace(result, plan=as_text(todo, chosen))
         else:
-            result = _sparsest(rehearsal, metric, float(max_drop or 0), mode, relative, allocate, on_layer, on_trial)
-    return replace(result, seconds=time.perf_counter() - start)
+            result = _sparsest(
+                rehearsal, metric, float(max_drop or 0), mode, relative, allocate, on_layer, on_trial, on_progress
+            )
+    meter.lap()
+    if journal is not None and journal.used:
+        result = replace(result, notes=(*result.notes, f"{journal.used} results are those of a run that was cut short"))
+    return replace(result, seconds=time.perf_counter() - start, peak_memory=meter.peak / GIB)
 
 
 def _sparsest(
@@ -137,6 +170,7 @@ def _sparsest(
     allocate: str,
     on_layer: Callable[[LayerReport], None] | None,
     on_trial: Callable[[Trial], None] | None,
+    on_progress: Callable[[str, float], None] | None,
 ) -> TrimResult:
     """The sparsest network within the drop, in place; the trained one if there is none."""
     pruner, dense = rehearsal.pruner, metric()
@@ -149,7 +183,8 @@ def _sparsest(
     def evaluate(sparsity: float) -> float:
         nonlocal best
         chosen = rehearsal.budgets(allocate, sparsity)
-        result = replace(pruner.prune(chosen), plan=as_text(pruner.todo, chosen))
+        label = f"{sparsity:.4f}@"
+        result = replace(pruner.prune(chosen, progress=on_progress, label=label), plan=as_text(pruner.todo, chosen))
         value = metric()
         if allowed(value) and (best is None or sparsity > best[0]):
             best = sparsity, result, pruner.snapshot()

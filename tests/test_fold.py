@@ -12,9 +12,10 @@ from torch.nn import functional as F
 
 from lightning_nettrim import ADMM, Cardinality, Magnitude, trim
 from lightning_nettrim.plan import Budget, choose
-from lightning_nettrim.prune import Pruner, Settings
+from lightning_nettrim.prune import Pruner
 from lightning_nettrim.rehearse import Rehearsal
 from lightning_nettrim.sample import hold
+from lightning_nettrim.trained import Settings
 
 
 class Block(nn.Module):

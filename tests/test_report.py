@@ -27,7 +27,7 @@ def result(*reports):
 def test_json_holds_every_field_and_nothing_that_json_lacks():
     written = as_json(result(report(), report("fc2", objective=math.nan)), {"dense": {"acc": 0.9}}, {"a": object}, {})
     again = json.loads(json.dumps(written, allow_nan=False))
-    assert set(again) == {"layers", "skipped", "total", "trials", "metrics", "arguments", "versions"}
+    assert set(again) == {"layers", "skipped", "total", "trials", "notes", "metrics", "arguments", "versions"}
     assert again["layers"][0]["shape"] == [3, 4]
     assert again["layers"][1]["objective"] is None
     assert again["skipped"] == [{"name": "conv", "reason": "Conv2d is not supported: only Linear is"}]

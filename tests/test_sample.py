@@ -23,7 +23,7 @@ def test_a_reservoir_keeps_at_most_its_size_in_order_and_without_repetition(rows
     reservoir = Reservoir(size, seed=0)
     for part in torch.arange(rows).split(13):
         reservoir.offer([part, 2 * part])
-    first, second = (torch.cat(parts) for parts in zip(*reservoir.chunks(), strict=True))
+    first, second = (torch.cat(parts) for parts in zip(*(c.load() for c in reservoir.chunks()), strict=True))
     assert len(first) == min(rows, size)
     assert reservoir.seen == rows
     assert torch.equal(first, first.unique(sorted=True))
@@ -36,7 +36,9 @@ def test_a_reservoir_is_uniform_over_the_stream():
         reservoir = Reservoir(50, seed)
         for part in torch.arange(1000).split(64):
             reservoir.offer([part])
-        counts += torch.cat([c[0] for c in reservoir.chunks()]).div(50, rounding_mode="floor").bincount(minlength=20)
+        counts += (
+            torch.cat([c.load()[0] for c in reservoir.chunks()]).div(50, rounding_mode="floor").bincount(minlength=20)
+        )
     expected = counts.mean()
     assert expected == 400 * 50 / 20
     chi_squared = float(((counts - expected) ** 2 / expected).sum())
@@ -49,7 +51,7 @@ def test_the_same_row_counts_give_the_same_rows_whatever_the_values():
         reservoir = Reservoir(40, seed=3)
         for part in values.split(30):
             reservoir.offer([part])
-        samples.append(torch.cat([c[0] for c in reservoir.chunks()]))
+        samples.append(torch.cat([c.load()[0] for c in reservoir.chunks()]))
     assert torch.equal(samples[0], -samples[1])
 
 

@@ -16,7 +16,14 @@ from torch import Tensor
 from lightning_nettrim import mask
 from lightning_nettrim.callbacks.calibration import calibration_batches
 from lightning_nettrim.callbacks.compare import restart, validation
-from lightning_nettrim.callbacks.publish import publish, publish_histograms, show_plan, warn_of_dense
+from lightning_nettrim.callbacks.progress import progress
+from lightning_nettrim.callbacks.publish import (
+    finished_layers,
+    publish,
+    publish_histograms,
+    show_plan,
+    warn_of_dense,
+)
 from lightning_nettrim.layers import prunable, refuse_unusable
 from lightning_nettrim.plan import budgets_of, check_arguments, read
 from lightning_nettrim.report import LayerReport, Trial, TrimResult
@@ -59,9 +66,14 @@ class NetTrim(Callback):
         seed: of that sample.
         penalize_bias: let biases be pruned like weights, the paper's way.
         recalibrate_batchnorm: re-estimate the running statistics of BatchNorms behind pruned layers.
+        max_memory: GiB beyond what is in use when pruning begins, by which the rows of a layer and the layers recorded
+            at a time are chosen; half of what is free if not given.
+        offload: where calibration inputs and trained responses wait: ``device``, ``cpu`` or ``disk``.
+        on_failure: where a layer's solve fails: ``magnitude``, prune it by magnitude and refit, or ``dense``, leave it.
         calibration: the data to calibrate on, ``train`` or ``val``.
         compare: validate the dense and the pruned network into two sibling runs of the logger.
-        save: write ``pruned.ckpt`` and ``report.json``.
+        save: write ``pruned.ckpt`` and ``report.json``, and each layer as it is finished, under ``layers/``: a run that
+            is cut short goes on from there when it is started again with the same network, data and arguments.
         enforce: keep zeros exactly zero in a later ``fit`` of the pruned network; it is not pruned again then.
         dry_run: print what would be pruned, write it as ``nettrim/plan.yaml``, and leave the network as it is.
         plan: file of such a plan, perhaps edited, in place of budgets and of layer choices.
@@ -95,6 +107,9 @@ class NetTrim(Callback):
         seed: int = 0,
         penalize_bias: bool = False,
         recalibrate_batchnorm: bool = True,
+        max_memory: float | None = None,
+        offload: Literal["device", "cpu", "disk"] = "cpu",
+        on_failure: Literal["magnitude", "dense"] = "magnitude",
         calibration: Literal["train", "val"] = "train",
         compare: bool = True,
         save: bool = True,
@@ -122,6 +137,9 @@ class NetTrim(Callback):
             "seed": seed,
             "penalize_bias": penalize_bias,
             "recalibrate_batchnorm": recalibrate_batchnorm,
+            "max_memory": max_memory,
+            "offload": offload,
+            "on_failure": on_failure,
             "plan": plan,
         }
         try:
@@ -285,14 +303,17 @@ class NetTrim(Callback):
             trainer.print(f"NetTrim: {row.line()}")
 
         before = {name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()}
-        self.result = trim(
-            pl_module,
-            self._batches(trainer, pl_module),
-            **self._trim_arguments,
-            metric=None if self.monitor is None else lambda: self._metric(trainer),
-            on_layer=tell,
-            on_trial=tell,
-        )
+        with progress(trainer) as bar:
+            self.result = trim(
+                pl_module,
+                self._batches(trainer, pl_module),
+                **self._trim_arguments,
+                metric=None if self.monitor is None else lambda: self._metric(trainer),
+                on_layer=tell,
+                on_trial=tell,
+                on_progress=bar,
+                **(finished_layers(trainer) if self.save else {}),
+            )
         self.masks = self.result.masks
         after = {name: parameter.detach() for name, parameter in pl_module.named_parameters()}
         publish_histograms(trainer, *({name: side[name] for name in self.masks} for side in (before, after)))

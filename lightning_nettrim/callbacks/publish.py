@@ -17,6 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_nettrim.callbacks.compare import sibling
+from lightning_nettrim.journal import Journal
 from lightning_nettrim.method import chosen
 from lightning_nettrim.report import TrimResult, as_json, comparison, write_histograms, write_text, write_trials
 
@@ -26,6 +27,17 @@ def folder(trainer: pl.Trainer) -> Path | None:
     if trainer.fast_dev_run or trainer.barebones or trainer.log_dir is None:  # type: ignore[attr-defined]
         return None
     return Path(trainer.log_dir) / "nettrim"
+
+
+def finished_layers(trainer: pl.Trainer) -> dict[str, Any]:
+    """Where `trim` writes each layer as it is finished, and where runs beside this one did; nothing where it must not.
+
+    A logger that numbers its runs gives a new folder to the one that is to go on.
+    """
+    if (where := folder(trainer)) is None:
+        return {}
+    earlier = sorted(where.parent.parent.glob("version_*/nettrim/layers"), key=os.path.getmtime, reverse=True)
+    return {"folder": where / "layers", "resume_from": earlier}
 
 
 def publish(
@@ -52,6 +64,7 @@ def publish(
         if trainer.is_global_zero:
             text = json.dumps(_report(result, metrics, arguments), indent=2, allow_nan=False)
             _write(where / "report.json", text + "\n")
+            Journal(where / "layers").clear()
         trainer.print(f"\nNetTrim: wrote {where / 'pruned.ckpt'} and report.json beside it")
 
 

@@ -1,0 +1,47 @@
+"""Progress: a bar for what is being done, with the time that is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import lightning.pytorch as pl
+from tqdm import tqdm
+
+
+class Progress:
+    """A bar that is called with what is being done and which fraction of it is; a new one for each thing.
+
+    Args:
+        shown: whether there is anything to be seen.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        self._shown, self._doing = shown, ""
+        self._bar: tqdm | None = None
+
+    def __call__(self, doing: str, fraction: float) -> None:
+        """Move the bar."""
+        if not self._shown:
+            return
+        if self._bar is None or doing != self._doing:
+            self.close()
+            line = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
+            self._doing, self._bar = doing, tqdm(desc=f"NetTrim, {doing}", total=1.0, bar_format=line, leave=False)
+        self._bar.update(fraction - self._bar.n)
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+@contextmanager
+def progress(trainer: pl.Trainer) -> Iterator[Progress]:
+    """A `with` in which a bar can be moved; it is shown where the trainer shows bars, on the first process."""
+    bar = Progress(trainer.progress_bar_callback is not None and trainer.is_global_zero)
+    try:
+        yield bar
+    finally:
+        bar.close()

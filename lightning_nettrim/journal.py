@@ -1,0 +1,132 @@
+"""Journal: what a run has finished, on disk, so that the next one goes on where it was cut short."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+
+def digest(*parts: Any) -> str:
+    """A fingerprint of numbers, strings, tensors and nested containers of them: equal contents, equal fingerprint."""
+    state = hashlib.sha256()
+    for part in parts:
+        _feed(state, part)
+    return state.hexdigest()
+
+
+def _feed(state: Any, part: Any) -> None:
+    if isinstance(part, Tensor):
+        part = part.detach().cpu().contiguous()
+        state.update(f"{part.dtype}{tuple(part.shape)}".encode())
+        state.update(part.reshape(-1).view(torch.uint8).numpy())
+    elif isinstance(part, Mapping):
+        for key, value in sorted(part.items()):
+            state.update(f"{key}:".encode())
+            _feed(state, value)
+    elif isinstance(part, list | tuple):
+        state.update(f"[{len(part)}]".encode())
+        for value in part:
+            _feed(state, value)
+    else:
+        state.update(f"{type(part).__name__}{part!r};".encode())
+
+
+class Journal:
+    """Entries of tensors and facts, each in a safetensors file that is whole or not there; nothing is unpickled.
+
+    An entry has a name, by which its file is called, and a cause: the fingerprint of everything it was computed from.
+    It is read back for the same cause only, and only if its own contents are what was written. Where a file cannot be
+    written, the run goes on without.
+
+    Args:
+        folder: of the files; it is made with the first one.
+        others: folders of earlier runs, in which an entry is looked for as well.
+    """
+
+    def __init__(self, folder: Path, others: Sequence[Path] = ()) -> None:
+        self.folder, self._others = folder, [other for other in others if other != folder]
+        self.used = 0  # entries that were read back
+        self._writable = True
+
+    def read(self, name: str, cause: str) -> tuple[dict[str, Tensor], Any] | None:
+        """The tensors and the facts of an entry; ``None`` where there is none for this cause."""
+        for folder in (self.folder, *self._others):
+            path = folder / _file(name)
+            if not path.exists():
+                continue
+            try:
+                found = _read(path, cause)
+            except Exception as error:  # whatever a damaged file makes its reader raise
+                log.warning("NetTrim: %s cannot be read (%s): computed again", path, error)
+                continue
+            if found is not None:
+                self.used += 1
+                return found
+            if folder == self.folder:
+                log.warning("NetTrim: %s is of another network, other data or other settings: computed again", path)
+        return None
+
+    def write(self, name: str, cause: str, tensors: Mapping[str, Tensor], facts: Any) -> None:
+        """Add an entry, in place of one of the same name."""
+        if not self._writable:
+            return
+        path = self.folder / _file(name)
+        try:
+            _write(path, cause, tensors, facts)
+        except (OSError, ImportError) as error:
+            self._writable = False
+            log.warning("NetTrim: %s cannot be written (%s): going on, but an interruption will cost all", path, error)
+
+    def clear(self) -> None:
+        """Remove the entries of this run's folder."""
+        for path in self.folder.glob("*.safetensors*"):
+            path.unlink(missing_ok=True)
+        if self.folder.exists() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+
+def _file(name: str) -> str:
+    """A file name from a layer's; the model itself, whose name is empty, gets one too."""
+    return "".join(c if c.isalnum() or c in "._-@" else "_" for c in name or "model") + ".safetensors"
+
+
+def _read(path: Path, cause: str) -> tuple[dict[str, Tensor], Any] | None:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        header = file.metadata() or {}
+        if header.get("cause") != cause:
+            return None
+        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
+    if header["contents"] != digest(tensors, header["facts"]):
+        raise ValueError("its contents are not what was written")
+    return tensors, json.loads(header["facts"])
+
+
+def _write(path: Path, cause: str, tensors: Mapping[str, Tensor], facts: Any) -> None:
+    from safetensors.torch import save
+
+    plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    text = json.dumps(facts)
+    header = {"cause": cause, "facts": text, "contents": digest(plain, text)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with partial.open("wb") as file:
+            file.write(save(plain, header))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,225 @@
+"""What is finished is on disk, whole or not there, and a run that was cut short goes on to the same network."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import pickle
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_nettrim import trim
+from lightning_nettrim.journal import Journal, digest
+from lightning_nettrim.prune import Pruner
+
+
+def network():
+    torch.manual_seed(1)
+    return nn.Sequential(
+        nn.Unflatten(1, (1, 8)), nn.Conv1d(1, 6, 3), nn.BatchNorm1d(6), nn.ReLU(), nn.Flatten(),
+        nn.Linear(36, 20), nn.ReLU(), nn.Linear(20, 4),
+    ).eval()  # fmt: skip
+
+
+X = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
+OPTIONS = {"sparsity": 0.6, "num_samples": 200}
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+def pruned(folder=None, model=None, x=X, **options):
+    model = network() if model is None else model
+    return model, trim(model, x.split(50), folder=folder, **(OPTIONS | options))
+
+
+class Killed(BaseException):
+    pass
+
+
+def interrupted(folder, at, patch, **options):
+    """A run that ends when so many layers are finished."""
+    finished, write = [], Journal.write
+
+    def writing(self, name, *rest):
+        write(self, name, *rest)
+        finished.append(name)
+        if len(finished) == at:
+            raise Killed
+
+    with patch.context() as p:
+        p.setattr(Journal, "write", writing)
+        model = network()
+        with pytest.raises(Killed):
+            pruned(folder, model, **options)
+    assert same(model, network())
+    return finished
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 6, 7, 8, 9])
+@pytest.mark.parametrize("options", [{}, {"scheme": "parallel"}], ids=str)
+def test_a_run_goes_on_to_the_same_network_to_the_bit(tmp_path, monkeypatch, at, options):
+    whole, result = pruned(**options)
+    interrupted(tmp_path, at, monkeypatch, **options)
+    with monkeypatch.context() as patch:
+        asked, write = [], Journal.write
+        patch.setattr(Journal, "write", lambda self, name, *rest: (asked.append(name), write(self, name, *rest)))
+        again, resumed = pruned(tmp_path, **options)
+    assert same(again, whole)
+    assert resumed.notes == (f"{at} results are those of a run that was cut short",)
+    assert [r.relative_error for r in resumed.reports] == [r.relative_error for r in result.reports]
+    assert resumed.discrepancy_bound == result.discrepancy_bound
+    assert len(asked) == 9 - at  # three curves, three rehearsals, three layers
+
+
+def test_trials_of_a_search_go_on_too(tmp_path, monkeypatch):
+    @torch.no_grad()
+    def search(folder):
+        model, reference = network(), network()(X)
+        asked, answer = [], Pruner._answer
+        with monkeypatch.context() as patch:
+            patch.setattr(Pruner, "_answer", lambda self, *rest: (asked.append(rest[0]), answer(self, *rest))[1])
+            trim(
+                model, [X], max_drop=0.2, metric=lambda: -float((model(X) - reference).norm() / reference.norm()),
+                num_samples=200, folder=folder, allocate="uniform",
+            )  # fmt: skip
+        return model, len(asked)
+
+    whole, layers = search(None)
+    write, written = Journal.write, []
+
+    def writing(self, *rest):
+        write(self, *rest)
+        written.append(rest[0])
+        if len(written) == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Journal, "write", writing)
+        search(tmp_path)
+    again, left = search(tmp_path)
+    assert same(again, whole)
+    assert left == layers - 5
+
+
+@pytest.mark.parametrize("change", ["weights", "data", "settings", "budget"])
+def test_entries_of_another_run_are_not_used(tmp_path, caplog, change):
+    pruned(tmp_path)
+    caplog.clear()
+    model, x, options = network(), X, {}
+    if change == "weights":
+        with torch.no_grad():
+            model[1].weight[0, 0, 0] += 1e-3
+    elif change == "data":
+        x = X.clone()
+        x[17, 3] += 1e-3
+    elif change == "settings":
+        options = {"importance": "equal"}
+    else:
+        options = {"per_layer": {"7": {"sparsity": 0.5}}}
+    expected, _ = pruned(None, copy.deepcopy(model), x, **options)
+    got, result = pruned(tmp_path, model, x, **options)
+    assert same(got, expected)
+    assert "of another network, other data or other settings: computed again" in caplog.text
+    if change != "budget":
+        assert result.notes == ()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "pickle", "folder"])
+def test_a_damaged_entry_is_computed_again(tmp_path, caplog, damage):
+    whole, _ = pruned(tmp_path)
+    path = tmp_path / "5.safetensors"
+    content = bytearray(path.read_bytes())
+    if damage == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        content[-5] ^= 1
+        path.write_bytes(content)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "pickle":
+        path.write_bytes(pickle.dumps({"5.weight": [0.0]}))
+    else:
+        path.unlink()
+        path.mkdir()
+    again, result = pruned(tmp_path)
+    assert same(again, whole)
+    assert "5.safetensors cannot be read" in caplog.text
+    assert result.notes == ("8 results are those of a run that was cut short",)
+
+
+@pytest.mark.parametrize("trouble", ["full", "unwritable"])
+def test_a_run_goes_on_where_nothing_can_be_written(tmp_path, monkeypatch, caplog, trouble):
+    whole, _ = pruned()
+    if trouble == "full":
+
+        def full(descriptor):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr("os.fsync", full)
+        folder = tmp_path / "layers"
+    else:
+        folder = tmp_path / "file" / "layers"
+        folder.parent.write_text("in the way")
+    again, _ = pruned(folder)
+    assert same(again, whole)
+    assert caplog.text.count("cannot be written") == 1
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_an_earlier_folder_is_read_and_left_alone(tmp_path, monkeypatch):
+    interrupted(tmp_path / "first", 8, monkeypatch)
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "first").iterdir())
+    again, result = pruned(tmp_path / "second", resume_from=[tmp_path / "first"])
+    assert result.notes == ("8 results are those of a run that was cut short",)
+    assert same(again, pruned()[0])
+    assert sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "first").iterdir()) == before
+
+
+def test_a_digest_tells_contents_apart():
+    values = [
+        torch.ones(2, 3), torch.ones(3, 2), torch.ones(6), torch.ones(2, 3).double(), [torch.ones(2, 3)],
+        {"a": torch.ones(2, 3)}, {"b": torch.ones(2, 3)}, "1", 1, 1.0, None, [], [[]], torch.ones(()), torch.ones(0),
+        torch.ones(3).bfloat16(), torch.ones(3, dtype=torch.bool),
+    ]  # fmt: skip
+    assert len({digest(value) for value in values}) == len(values)
+    assert digest(torch.ones(3, 2)) == digest(torch.ones(2, 3).mT.clone(memory_format=torch.contiguous_format))
+    assert digest("ab", "c") != digest("a", "bc")
+
+
+SCRIPT = """
+import sys, time, torch
+torch.set_num_threads(1)
+sys.path.insert(0, sys.argv[2])
+from test_journal import network, pruned
+model, result = pruned(sys.argv[1] if sys.argv[1] != "-" else None)
+torch.save(model.state_dict(), sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_ten_moments_it_ends_with_the_same_network(tmp_path):
+    command = [sys.executable, "-c", SCRIPT]
+    where = os.path.dirname(__file__)
+    start = time.perf_counter()
+    subprocess.run([*command, "-", where, str(tmp_path / "whole.pt")], check=True)
+    seconds = time.perf_counter() - start
+    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
+    moments = torch.rand(10, generator=torch.Generator().manual_seed(0))
+    for i, part in enumerate(moments.tolist()):
+        folder, out = tmp_path / str(i), tmp_path / f"{i}.pt"
+        arguments = [*command, str(folder), where, str(out)]
+        process = subprocess.Popen(arguments)
+        time.sleep((0.5 + 0.5 * part) * seconds)
+        process.kill()
+        process.wait()
+        subprocess.run(arguments, check=True)
+        found = torch.load(out, weights_only=True)
+        assert all(torch.equal(found[key], whole[key]) for key in whole)
