@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import convex, networks, oneshot
+from benchmarks import convex, memory, networks, oneshot
 from benchmarks.peers import Unavailable
 from benchmarks.picture import draw, draw_accuracy
 from benchmarks.report import Row, header, line, titles, write
@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if benchmark == "networks":
         several = {name: tuple(settings[name]) for name in ("networks", "budgets")}
         _pruning(networks, networks.Settings(**{**settings, **several}), benchmark)
+        return
+    if benchmark == "memory":
+        _pruning(memory, memory.Settings(**{**settings, "limits": tuple(settings["limits"])}), benchmark)
         return
     sections = settings.pop("sections")
     _convex(sections, convex.Settings(**{**settings, "layers": tuple(settings["layers"])}))
@@ -102,6 +105,15 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=int, help="of training; those of the recipes if not given")
     command.add_argument("--samples", type=int, default=small.samples, help="images (default %(default)s)")
     command.add_argument("--budgets", type=float, nargs="+", default=[*small.budgets], help="sparsities")
+    command = commands.add_parser("memory", help="the peak while a large network is pruned, against max_memory")
+    large = memory.Settings()
+    command.add_argument("--out", type=Path, default=large.out, help="folder of the results (default %(default)s)")
+    command.add_argument("--network", default=large.network, help="of torchvision (default %(default)s)")
+    command.add_argument("--limits", type=float, nargs="+", default=[*large.limits], help="GiB")
+    command.add_argument("--offload", default=large.offload, choices=("device", "cpu", "disk"))
+    command.add_argument("--scheme", default=large.scheme, choices=("cascade", "parallel"))
+    for name in ("images", "size", "batch", "samples"):
+        command.add_argument(f"--{name}", type=int, default=getattr(large, name), help="default %(default)s")
     return parser
 
 

@@ -101,9 +101,10 @@ def test_trials_of_a_search_go_on_too(tmp_path, monkeypatch):
         if len(written) == 5:
             raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr(Journal, "write", writing)
-        search(tmp_path)
+        with pytest.raises(Killed):
+            search(tmp_path)
     again, left = search(tmp_path)
     assert same(again, whole)
     assert left == layers - 5
