@@ -19,6 +19,7 @@ from lightning_nettrim.outcome import discrepancy_bound, length, row
 from lightning_nettrim.plan import Budget, Plan
 from lightning_nettrim.pose import pose
 from lightning_nettrim.problem import LayerProblem
+from lightning_nettrim.ranks import ALONE, Ranks
 from lightning_nettrim.rectifier import Rectifier
 from lightning_nettrim.report import LayerReport, TrimResult
 from lightning_nettrim.sample import Inputs
@@ -40,6 +41,7 @@ class Settings:
         penalize_bias: let biases be pruned like weights.
         importance: ``"outgoing"`` or ``"equal"``, what a neuron's error counts in `Cardinality`.
         recalibrate: re-estimate the running statistics of BatchNorms.
+        ranks: the processes that do this together, each on inputs of its own.
     """
 
     scheme: str
@@ -49,6 +51,7 @@ class Settings:
     penalize_bias: bool
     importance: str
     recalibrate: bool
+    ranks: Ranks = ALONE
 
 
 class Pruner:
@@ -67,7 +70,7 @@ class Pruner:
         self.folds = {
             name: Fold.of(layer, todo.flows[name], model, penalize_bias) for name, layer in todo.layers.items()
         }
-        self.signals = Signals(model, todo, self.folds, held, settings.num_samples, settings.seed)
+        self.signals = Signals(model, todo, self.folds, held, settings.num_samples, settings.seed, settings.ranks)
         known = [name for name, layer in todo.norms.items() if layer is not None]
         self._norms = known if settings.recalibrate else []
         written = {key for fold in self.folds.values() for key in fold.written}
@@ -141,7 +144,7 @@ class Pruner:
                     chained = self.signals.feeds(before, tapes[before], tapes[name])
                 if chained:
                     signal = problem.X if before is None else self.folds[name].rows(self.trained[before][0])
-                    errors[name] = length(replace(problem, X=signal).response(W) - problem.Y)
+                    errors[name] = length(replace(problem, X=signal).response(W) - problem.Y, problem.ranks)
                 zeros = self._zeros(layer, values)
                 reports.append(row(layer, problem, solution, W, zeros, time.perf_counter() - began))
                 if tell is not None:
@@ -153,13 +156,13 @@ class Pruner:
                 for name in self.todo.layers:
                     self._recalibrate(budgets, name)
             kept = [name for name in self._norms if self._is_part(budgets, name)]
-            mask.swap(self.model, norms.moved(self.model, kept, self.signals.held))
+            mask.swap(self.model, norms.moved(self.model, kept, self.signals.held, self.settings.ranks))
             tapes = self.signals.tapes(*self.todo.layers, inputs=False)
             distances = {}
             for name in self.todo.layers:
                 self._expect_calls(name, tapes.get(name))
-                distances[name] = length(self.signals.answer(name, tapes[name]) - self.trained[name])
-        sizes = {name: length(self.trained[name]) for name in self.trained}
+                distances[name] = self.length(self.signals.answer(name, tapes[name]) - self.trained[name])
+        sizes = {name: self.length(self.trained[name]) for name in self.trained}
         parameters = dict(self.model.named_parameters())
         return TrimResult(
             reports=tuple(replace(r, discrepancy=distances[r.name] / (sizes[r.name] or 1.0)) for r in reports),
@@ -177,7 +180,12 @@ class Pruner:
         """One layer's program on what was recorded."""
         X, offset = self.signals.inputs(name, tape), self.signals.offset(name, tape)
         convex = self.method.of(wanted).convex
-        return pose(self.folds[name], X, self.trained[name], offset, wanted, convex, trained_signal)
+        ranks = self.settings.ranks
+        return pose(self.folds[name], X, self.trained[name], offset, wanted, convex, trained_signal, ranks)
+
+    def length(self, R: Tensor) -> float:
+        """‖R‖ of the rows of all processes."""
+        return length(R, self.settings.ranks)
 
     def trained_values(self, name: str) -> dict[str, Tensor]:
         """The parameters of a layer, and of what follows it, as trained."""
@@ -189,13 +197,15 @@ class Pruner:
         """The solution, its folded weights after the refit, and them as parameters."""
         if wanted.sparsity == 0:
             return Solution.uncertified(problem.W), problem.W, self.trained_values(name)
-        return self.method.solve(name, self.folds[name], problem, wanted, trained_signal)
+        solution, W, values = self.method.solve(name, self.folds[name], problem, wanted, trained_signal)
+        self.settings.ranks.check_same(values)
+        return solution, W, values
 
     def _recalibrate(self, budgets: Mapping[str, Budget], layer: str) -> None:
         """Re-estimate, one by one, the BatchNorms that run next after a layer and are no part of a solution."""
         for name in self._norms:
             if self.todo.norms[name] == layer and not self._is_part(budgets, name):
-                mask.swap(self.model, norms.reestimated(self.model, name, self.signals.held))
+                mask.swap(self.model, norms.reestimated(self.model, name, self.signals.held, self.settings.ranks))
 
     def _is_part(self, budgets: Mapping[str, Budget], norm: str) -> bool:
         """Whether a layer was solved behind a BatchNorm, whose answers are right then and have to stay."""
@@ -207,7 +217,7 @@ class Pruner:
     def _expect_calls(self, name: str, tape: Tape | None) -> None:
         """Raise ValueError unless a layer saw as many rows as in the trained network."""
         rows, trained = 0 if tape is None else tape.rows, self.trained[name].shape[1]
-        if rows != trained:
+        if self.settings.ranks.any(rows != trained):
             raise ValueError(
                 f"{name}: expected to be called as in the trained network, on {trained} rows, got {rows}: the network"
                 " decides by its signals whether to call it; ignore it"

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_nettrim import allocate, mask
 from lightning_nettrim.allocate import Bounds, Curve
 from lightning_nettrim.capture import evaluating
-from lightning_nettrim.outcome import length, relative_error
+from lightning_nettrim.outcome import relative_error
 from lightning_nettrim.plan import Budget
 from lightning_nettrim.prune import Pruner
 from lightning_nettrim.signals import Signals
@@ -116,7 +116,7 @@ class Rehearsal:
             spectrum = solution.state
             W = refit(problem, solution.W, steps=2, inner=8)
             mask.swap(pruner.model, fold.parameters(W))
-            effect = length(probe.answers(last)[last] - trained) / (length(trained) or 1.0)
+            effect = pruner.length(probe.answers(last)[last] - trained) / (pruner.length(trained) or 1.0)
             points[problem.nonzeros] = relative_error(problem, W), effect
         if pruner.settings.scheme == "parallel" or name == next(iter(pruner.todo.layers)):
             pruner.method.spectra[name] = spectrum

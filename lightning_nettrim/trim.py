@@ -13,6 +13,7 @@ from torch import nn
 from lightning_nettrim.layers import prunable, refuse_unusable
 from lightning_nettrim.plan import Options, as_text, check_arguments, choose, read
 from lightning_nettrim.prune import Pruner, Settings
+from lightning_nettrim.ranks import ALONE, Group
 from lightning_nettrim.rehearse import Rehearsal
 from lightning_nettrim.report import LayerReport, Trial, TrimResult
 from lightning_nettrim.sample import hold
@@ -47,6 +48,7 @@ def trim(
     dry_run: bool = False,
     on_layer: Callable[[LayerReport], None] | None = None,
     on_trial: Callable[[Trial], None] | None = None,
+    distributed: bool = False,
 ) -> TrimResult:
     """Prune a trained model in place, without retraining it.
 
@@ -87,12 +89,15 @@ def trim(
         dry_run: choose the budgets only; the result has nothing but a ``plan``, the model stays as it is.
         on_layer: called with the report of each layer as it is finished; its ``discrepancy`` is still NaN.
         on_trial: called after each trial of ``max_drop``.
+        distributed: all processes of torch's default group call this with the same trained model and arguments, each
+            with batches of its own. They stay there, ``num_samples`` of each; all get the same network, to the bit.
 
     Returns:
         The reports, masks and totals.
 
     Raises:
         ValueError: for arguments, models and batches that cannot be used; the model is untouched.
+        RuntimeError: if another process has failed, has ended or has other weights; the model is untouched.
 
     References:
         Aghasi, Abdi, Romberg, "Fast Convex Pruning of Deep Neural Networks", SIAM J. Math. Data Sci. 2020.
@@ -113,9 +118,13 @@ def trim(
             raise ValueError("plan: expected no targets, ignore or per_layer beside it, got some: edit the plan")
         per_layer = read(plan, prunable(model)[0])
         targets = list(per_layer)
-    held = hold(model, batches, num_samples, seed)
-    todo = choose(model, held, common, targets, ignore, per_layer)
-    settings = Settings(scheme, solver, num_samples, seed, penalize_bias, importance, recalibrate_batchnorm)
+    ranks = Group.of(model) if distributed else ALONE
+    ranks.check_same(dict(model.named_parameters()))
+    ranks.share(model.buffers())
+    with ranks.together():
+        held = hold(model, batches, num_samples, seed)
+    todo = choose(model, held, common, targets, ignore, per_layer, ranks)
+    settings = Settings(scheme, solver, num_samples, seed, penalize_bias, importance, recalibrate_batchnorm, ranks)
     pruner = Pruner(model, todo, held, settings)
     rehearsal = Rehearsal(pruner)
     with pruner.saved():
@@ -139,7 +148,8 @@ def _sparsest(
     on_trial: Callable[[Trial], None] | None,
 ) -> TrimResult:
     """The sparsest network within the drop, in place; the trained one if there is none."""
-    pruner, dense = rehearsal.pruner, metric()
+    pruner, mean = rehearsal.pruner, rehearsal.pruner.settings.ranks.mean
+    dense = mean(metric())
     room = max_drop * (abs(dense) if relative else 1.0) + 1e-9 * max(abs(dense), 1.0)
     best: tuple[float, TrimResult, dict[str, Any]] | None = None
 
@@ -150,7 +160,7 @@ def _sparsest(
         nonlocal best
         chosen = rehearsal.budgets(allocate, sparsity)
         result = replace(pruner.prune(chosen), plan=as_text(pruner.todo, chosen))
-        value = metric()
+        value = mean(metric())
         if allowed(value) and (best is None or sparsity > best[0]):
             best = sparsity, result, pruner.snapshot()
         if on_trial is not None:

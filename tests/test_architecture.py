@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_nettrim"
 FLOORS = [
-    {"pattern", "sums", "rectifier"},
+    {"pattern", "sums", "rectifier", "ranks"},
     {"problem"},
     {"prox"},
     {"solvers"},
@@ -77,6 +77,8 @@ def test_core_needs_only_torch_and_lightning():
         "bisect",
         "difflib",
         "fnmatch",
+        "functools",
+        "hashlib",
         "inspect",
         "itertools",
         "pathlib",
