@@ -43,6 +43,19 @@ CASES = {
 }
 
 
+class Choosing(nn.Module):
+    """Goes on from its first layer by a ReLU in process 0 only."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.rank = nn.Linear(24, 8).double(), nn.Linear(8, 4).double(), rank
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The response."""
+        return self.second(self.first(x).relu() if self.rank == 0 else self.first(x).tanh())
+
+
 def network(kind: str) -> nn.Module:
     """A network in double precision, the same in every process."""
     torch.manual_seed(0)
@@ -76,7 +89,13 @@ def trimmed(case: str, rank: int = 0, count: int = 1) -> tuple[nn.Module, dict[s
     kind, arguments = CASES[case]
     model = network(kind)
     given = batches(kind, rank, count)
-    result = trim(model, given, **arguments, num_samples=SAMPLES * 100, distributed=count > 1)
+    arguments = {**arguments, "num_samples": SAMPLES * 100, "distributed": count > 1}
+    if "max_drop" in arguments:  # each process has a metric of its own
+        whole, answers = network(kind), torch.cat(batches(kind, 0, 1))
+        arguments["metric"] = lambda: (
+            1 + float((model(answers) - whole(answers)).square().mean()) + 0.3 * (rank - (count - 1) / 2)
+        )
+    result = trim(model, given, **arguments)
     totals = {key: value for key, value in result.total().items() if value is not None and key != "seconds"}
     errors = {row.name: row.relative_error for row in result.reports}
     return model, totals | errors | {"discrepancy": result.discrepancy}
@@ -113,6 +132,7 @@ def main(folder: Path, rank: int, count: int, part: str) -> None:
     failures = {
         "nan": lambda: trim(model, [wrong[0] / (1 - rank), *wrong[1:]], sparsity=0.5, distributed=True),
         "empty": lambda: trim(model, wrong[: 10 * (1 - rank)], sparsity=0.5, distributed=True),
+        "differ": lambda: trim(Choosing(rank), wrong, sparsity=0.5, distributed=True),
         "weights": lambda: trim(network("mlp") if rank else model, wrong, sparsity=0.5, distributed=True),
     }
     for name, fail in failures.items():

@@ -6,20 +6,19 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import pytest
 import ranked
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
-from torch import nn
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from ranked_ddp import Net
 
 from lightning_nettrim import Cardinality, NetTrim, path, refit, trim
-from lightning_nettrim.ranks import ALONE, Ranks
+from lightning_nettrim.ranks import Ranks
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
@@ -85,6 +84,7 @@ def test_two_processes_solve_one_problem(found):
     [
         ("nan", "ValueError: 0: expected finite", "ValueError: 0: expected finite"),
         ("empty", "RuntimeError: process 1 of 2 has failed, .*: ValueError: expected batches", "ValueError: expected"),
+        ("differ", "ValueError: first: .* 'ReLU' in process 0 and 'linear'", "ValueError: first: expected"),
         ("weights", "RuntimeError: 2.weight: expected the same", "RuntimeError: 2.weight: expected the same"),
     ],
 )
@@ -100,3 +100,87 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     assert "RuntimeError: expected 2 processes to go on together" in survivor.stdout
     assert "another process has ended" in survivor.stdout
     assert "while solving 2: all of 0, 2, 4 have their trained weights again" in survivor.stdout
+
+
+def fit(folder: Path, devices: int, part: str) -> subprocess.CompletedProcess[str]:
+    """A fit under Lightning, which starts the second process itself, until it has ended."""
+    folder.mkdir()
+    command = [sys.executable, str(HERE / "ranked_ddp.py"), str(folder), str(devices), part]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+
+
+def test_a_fit_under_ddp_prunes_as_one_on_a_single_device_does(tmp_path):
+    for devices in (1, 2):
+        done = fit(tmp_path / str(devices), devices, "prune")
+        assert done.returncode == 0, done.stderr
+    (one, metrics), (first, averages), (second, others) = (
+        torch.load(tmp_path / devices / f"{rank}.pt") for devices, rank in (("1", 0), ("2", 0), ("2", 1))
+    )
+    for name, value in one.items():
+        if name.endswith("num_batches_tracked"):  # of twice as many batches in one process
+            continue
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5)
+    assert averages == others
+    for side in ("dense", "pruned"):
+        assert averages[side] == pytest.approx(metrics[side], rel=1e-5)
+    assert averages["dense"] != averages["pruned"]
+    (written,) = tmp_path.glob("2/**/pruned.ckpt")
+    saved = torch.load(written)["state_dict"]
+    assert all(torch.equal(saved[name], value) for name, value in first.items())
+    Net().load_state_dict(saved)
+    assert len(list(tmp_path.glob("2/**/report.json"))) == 1
+
+
+def test_a_process_that_dies_ends_a_fit_and_leaves_no_file(tmp_path):
+    done = fit(tmp_path / "2", 2, "die")
+    assert done.returncode != 0
+    assert "RuntimeError: expected 2 processes to go on together" in done.stderr
+    assert not list(tmp_path.glob("2/**/nettrim"))
+    assert not list(tmp_path.glob("2/*.pt"))
+
+
+@dataclass(frozen=True)
+class Beside(Ranks):
+    """This process beside a second one, in which everything is as given."""
+
+    count: int = 2
+    other: object = None
+
+    def gather(self, value):
+        return [value, value if self.other is None else self.other]
+
+
+def test_processes_that_end_differently_are_refused():
+    weight = torch.ones(2, 3)
+    Beside().check_same({"fc.weight": weight})
+    with pytest.raises(RuntimeError, match="fc.weight: expected the same values in all 2 processes"):
+        Beside(other=["0"]).check_same({"fc.weight": weight})
+
+
+def test_processes_that_use_a_layer_differently_are_refused():
+    seen = {"0": "ReLU", "2": "linear"}
+    Beside().agree(seen)
+    with pytest.raises(ValueError, match="2: expected it to be used alike .*, got 'linear' .* 0 and 'not met' .* 1"):
+        Beside(other={"0": "ReLU"}).agree(seen)
+    with pytest.raises(ValueError, match="0: expected it to be used alike .*, got 'earlier' .* and 'later'"):
+        Beside(other={"2": "linear", "0": "ReLU"}).agree(seen)
+
+
+def test_distributed_needs_a_group():
+    with pytest.raises(RuntimeError, match="expected a process group, got none: call torch.distributed.init"):
+        trim(ranked.network("mlp"), ranked.batches("mlp", 0, 1), sparsity=0.5, distributed=True)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_split_the_network_are_refused_by_name(strategy):
+    trainer = SimpleNamespace(strategy=strategy(), callbacks=[])
+    match = f"expected a single device or DDP.*, got {strategy.__name__}: .*validate.*allow_untested_strategy"
+    with pytest.raises(MisconfigurationException, match=match):
+        NetTrim(sparsity=0.5).setup(trainer, Net(), "fit")
+    NetTrim(sparsity=0.5, allow_untested_strategy=True).setup(trainer, Net(), "fit")
+
+
+def test_ddp_and_a_single_device_are_not_refused():
+    for strategy in (DDPStrategy(), SingleDeviceStrategy()):
+        NetTrim(sparsity=0.5).setup(SimpleNamespace(strategy=strategy, callbacks=[]), Net(), "fit")
