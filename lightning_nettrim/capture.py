@@ -179,6 +179,11 @@ class Course:
     unusable: dict[str, str]
     norms: dict[str, str | None]
 
+    def described(self) -> dict[str, str]:
+        """All of it in words, however often a layer is called."""
+        flows = {name: f"{flow} behind {flow.norm}" if flow.norm else str(flow) for name, flow in self.flows.items()}
+        return flows | self.unusable | {name: f"behind {layer}" for name, layer in self.norms.items()}
+
 
 def watch(model: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Inputs]) -> Course:
     """Let held batches flow and see what each layer's output meets, in order of first execution.

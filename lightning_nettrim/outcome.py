@@ -10,18 +10,19 @@ from torch import Tensor
 from lightning_nettrim.layers import Layer
 from lightning_nettrim.plan import Plan
 from lightning_nettrim.problem import LayerProblem
+from lightning_nettrim.ranks import ALONE, Ranks
 from lightning_nettrim.report import LayerReport
 from lightning_nettrim.solvers import Solution, Status
 
 
 def relative_error(problem: LayerProblem, W: Tensor) -> float:
     """‖response(W) − Y‖ / ‖Y‖ of a whole layer (over 1 where Y = 0)."""
-    return length(problem.response(W) - problem.Y) / (length(problem.Y) or 1.0)
+    return length(problem.response(W) - problem.Y, problem.ranks) / (length(problem.Y, problem.ranks) or 1.0)
 
 
-def length(R: Tensor) -> float:
-    """‖R‖, summed in double precision."""
-    return float(torch.linalg.vector_norm(R, dtype=torch.float64))
+def length(R: Tensor, ranks: Ranks = ALONE) -> float:
+    """‖R‖ of the rows of all processes, summed in double precision."""
+    return float(ranks.norm(torch.linalg.vector_norm(R, dtype=torch.float64)))
 
 
 def discrepancy_bound(errors: Mapping[str, float], pruned: Mapping[str, Tensor], todo: Plan) -> float:
@@ -40,7 +41,7 @@ def discrepancy_bound(errors: Mapping[str, float], pruned: Mapping[str, Tensor],
 def row(layer: Layer, problem: LayerProblem, solution: Solution, W: Tensor, zeros: int, seconds: float) -> LayerReport:
     """The row of one layer, but for its discrepancy, which only the finished network shows."""
     prunable = problem.prunable
-    size = length(problem.Y) or 1.0
+    size = length(problem.Y, problem.ranks) or 1.0
 
     def known(value: Tensor) -> float | None:
         return float(value) if bool(value.isfinite()) else None

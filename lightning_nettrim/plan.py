@@ -14,6 +14,7 @@ from lightning_nettrim.capture import evaluating, watch
 from lightning_nettrim.flow import Flow
 from lightning_nettrim.layers import Layer, per_layer_options, prunable
 from lightning_nettrim.pattern import Pattern
+from lightning_nettrim.ranks import ALONE, Ranks
 from lightning_nettrim.report import SkippedLayer
 from lightning_nettrim.sample import Inputs
 from lightning_nettrim.shelf import OFFLOAD
@@ -195,17 +196,20 @@ def choose(
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     per_layer: Options | None = None,
+    ranks: Ranks = ALONE,
 ) -> Plan:
     """Choose the layers and see, on the held batches, in which order they run and what follows them.
 
     Raises:
-        ValueError: for a layer, a batch or a key that cannot be used.
+        ValueError: for a layer, a batch or a key that cannot be used, and for a layer that some of several processes
+            use otherwise.
     """
     layers, skipped = prunable(model, targets, ignore)
     budgets = budgets_of(layers, common, per_layer)
     own = per_layer_options(per_layer, layers)
-    with evaluating(model):
+    with ranks.together(), evaluating(model):
         course = watch(model, layers, batches)
+    ranks.agree(course.described())
     flows, unusable = course.flows, course.unusable
     skipped |= unusable
     skipped |= {

@@ -11,6 +11,7 @@ from lightning_nettrim.fold import Fold
 from lightning_nettrim.pattern import Pattern
 from lightning_nettrim.plan import Budget
 from lightning_nettrim.problem import LayerProblem
+from lightning_nettrim.ranks import ALONE, Ranks
 from lightning_nettrim.rectifier import Rectifier
 
 GAMMA = 1.1
@@ -25,7 +26,14 @@ of a deep network this explodes.
 
 
 def pose(
-    fold: Fold, X: Tensor, Y: Tensor, offset: Tensor | None, wanted: Budget, convex: bool, trained_signal: bool
+    fold: Fold,
+    X: Tensor,
+    Y: Tensor,
+    offset: Tensor | None,
+    wanted: Budget,
+    convex: bool,
+    trained_signal: bool,
+    ranks: Ranks = ALONE,
 ) -> LayerProblem:
     """One layer's program, behind what follows it: parallel on the trained signal, else the cascade's.
 
@@ -42,6 +50,7 @@ def pose(
         wanted: its budget.
         convex: whether it is for a method that solves the convex program.
         trained_signal: whether X is the trained network's.
+        ranks: the processes over which the samples are spread.
     """
     rectifier = fold.rectifier
     if convex and rectifier is not None and rectifier.slope is not None:
@@ -56,15 +65,16 @@ def pose(
         offset=None if offset is None else offset.expand_as(Y),
         penalty=fold.layer.penalty(X) if fold.total else None,
         pattern=Pattern(wanted.pattern),
-        anchor=_anchor(*X.shape[1:]),
         groups=fold.layer.groups,
+        ranks=ranks,
     )
-    norm = torch.linalg.matrix_norm(Y)
+    problem = replace(problem, anchor=_anchor(problem.samples(), X.shape[-1]))
+    norm = ranks.norm(torch.linalg.matrix_norm(Y))
     radius = (wanted.epsilon or 1e-3) * torch.where(norm > 0, norm, 1)
     if not convex:
         return replace(problem, epsilon=radius)
     U = X @ problem.W if problem.offset is None else X @ problem.W + problem.offset
-    missed = torch.linalg.matrix_norm(problem.on_Omega(U - Y)) * GAMMA**0.5
+    missed = ranks.norm(torch.linalg.matrix_norm(problem.on_Omega(U - Y))) * GAMMA**0.5
     ceiling = None
     if not trained_signal and rectifier is not None:
         ceiling = torch.where(problem.floors, U.clamp(max=rectifier.high), U.clamp(min=rectifier.low))

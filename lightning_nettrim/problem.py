@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_nettrim.pattern import Pattern
+from lightning_nettrim.ranks import ALONE, Ranks
 from lightning_nettrim.rectifier import Rectifier
 from lightning_nettrim.sums import norm, over
 
@@ -45,6 +46,8 @@ class LayerProblem:
             beside the distance: for few samples, which a fit would answer to alone.
         groups: so many neighbours in the batch are the groups of one layer and share its zeros: their matrices, side by
             side, are that layer's N inputs by groups·M outputs.
+        ranks: the processes over which the rows are spread: ``X``, ``Y``, ``Omega``, ``V`` and ``offset`` hold those of
+            this one, and all formulas speak of all of them.
 
     References:
         Aghasi, Abdi, Romberg, "Fast Convex Pruning of Deep Neural Networks", SIAM J. Math. Data Sci. 2020, eq. (6).
@@ -63,6 +66,7 @@ class LayerProblem:
     pattern: Pattern = Pattern()
     anchor: float = 0.0
     groups: int = 1
+    ranks: Ranks = ALONE
 
     @property
     def batch(self) -> torch.Size:
@@ -101,6 +105,10 @@ class LayerProblem:
         if sparsity is None:
             raise ValueError("expected a problem with a sparsity, got none: set sparsity=, not epsilon=")
         return sparsity
+
+    def samples(self) -> int:
+        """P of all processes together."""
+        return sum(self.ranks.gather(self.X.shape[-2]))
 
     @property
     def balls(self) -> tuple[int, ...]:
@@ -170,10 +178,10 @@ class LayerProblem:
             yield rows, self.part(rows)
 
     def part(self, rows: slice) -> LayerProblem:
-        """Some rows of the problem, X where the rest is."""
+        """Some of this process's rows of the problem, X where the rest is, for formulas that speak of those alone."""
         part: dict[str, Any] = {n: getattr(self, n) for n in ("Y", "Omega", "V", "offset")}
         part = {n: t if t is None else t[..., rows, :] for n, t in part.items()}
-        return replace(self, X=self.X[..., rows, :].to(self.Y.device), **part)
+        return replace(self, X=self.X[..., rows, :].to(self.Y.device), ranks=ALONE, **part)
 
     def gram(self) -> Tensor:
         """``(batch, N, N)``: XᵀX of a flat batch, in float64 from products in X's own precision."""
@@ -181,7 +189,7 @@ class LayerProblem:
         H = self.Y.new_zeros(len(self.Y), N, N)
         for _, X in self.inputs():
             H.baddbmm_(X.mT, X)
-        return H.double()
+        return self.ranks.sum(H.double())
 
     @property
     def centre(self) -> Tensor:
@@ -222,8 +230,12 @@ class LayerProblem:
 
     def relative_error(self, W: Tensor) -> Tensor:
         """``(*batch)``: ‖response(W) − Y‖_F / ‖Y‖_F (over 1 where Y = 0)."""
-        size = torch.linalg.matrix_norm(self.Y)
-        return torch.linalg.matrix_norm(self.response(W) - self.Y) / torch.where(size > 0, size, 1)
+        size = self.ranks.norm(torch.linalg.matrix_norm(self.Y))
+        return self.distance(W) / torch.where(size > 0, size, 1)
+
+    def distance(self, W: Tensor) -> Tensor:
+        """``(*batch)``: ‖response(W) − Y‖_F."""
+        return self.ranks.norm(torch.linalg.matrix_norm(self.response(W) - self.Y))
 
     def objective(self, W: Tensor) -> Tensor:
         """``(*batch)``: Σ λₙ|Wₙₘ|."""
@@ -257,8 +269,9 @@ class LayerProblem:
             excess = part.off_Omega(R).clamp_(min=0)
             above = torch.hypot(above, norm(excess))
             worth = worth + over((-2, -1), torch.sum, excess.mul_(part.off_Omega(dual).clamp_(max=0)))
+        ball, above, price = (self.ranks.norm(length) for length in (ball, above, price))
         excess = (ball - self.radius).clamp(min=0)
-        worth = over((-2, -1), torch.sum, price * excess) - worth
+        worth = over((-2, -1), torch.sum, price * excess) - self.ranks.sum(worth)
         return (torch.maximum(norm(excess), above) / norm(self.radius))[..., 0, 0], worth[..., 0, 0]
 
     def bound(self, nu: Tensor) -> Tensor:
@@ -274,12 +287,14 @@ class LayerProblem:
         slope = torch.zeros_like(self.W)
         for rows, part in self.blocks():
             slope += part.X.mT @ part._clip(nu[..., rows, :], free, shift)
+        slope = self.ranks.sum(slope)
         scale = solved / torch.where(lam > 0, slope.abs() / lam, 0).amax(-2, keepdim=True).clamp(min=1)
         value, ball = scale.new_zeros(()), scale.new_zeros(())
         for rows, part in self.blocks():
             dual = part._clip(nu[..., rows, :], free, shift) * scale
             value = value + over((-2, -1), torch.sum, dual * part.centre)
             ball = torch.hypot(ball, norm(part.on_Omega(dual), self.balls))
+        value, ball = self.ranks.sum(value), self.ranks.norm(ball)
         return (value - over((-2, -1), torch.sum, self.radius * ball))[..., 0, 0]
 
     def _clip(self, nu: Tensor, free: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -301,6 +316,7 @@ class LayerProblem:
             pairs = (A.unsqueeze(-1) * A.unsqueeze(-2)).flatten(-2)  # (*batch, P, F²)
             total = total + (clipped.mT @ A).unsqueeze(-1)  # (*batch, M, F, 1)
             gram = gram + (on.mT @ pairs).unflatten(-1, total.shape[-2:-1] * 2)
+        total, gram = self.ranks.sum(total), self.ranks.sum(gram)
         shift = torch.linalg.pinv(gram, hermitian=True) @ total
         missing = torch.linalg.vector_norm(total - gram @ shift, dim=(-2, -1))
         solved = missing <= 1e-9 * torch.linalg.vector_norm(total, dim=(-2, -1)).clamp(min=1e-300)
@@ -310,16 +326,20 @@ class LayerProblem:
         """A linear response's program on at most N + 1 rows: the same W are feasible, at the same distance from Y.
 
         With (X Y) = Q (A B; 0 C), ‖XW − Y‖² = ‖AW − B‖² + ‖C‖², in each column; the last row holds the norms of C's.
+        Every process has all of these rows.
         """
-        P, N = self.X.shape[-2:]
-        if self.Omega is not None or P <= N + 1:
+        N = self.X.shape[-1]
+        if self.Omega is not None or self.samples() <= N + 1:
             return self
         joint = torch.cat([self.X, self.centre.to(self.X.device)], -1)
-        R = torch.linalg.qr(joint, mode="r").R.to(self.Y.device)
+        R = torch.linalg.qr(joint, mode="r").R
+        if self.ranks.count > 1:
+            R = torch.linalg.qr(self.ranks.rows(R), mode="r").R
+        R = R.to(self.Y.device)
         A, B, C = R[..., :N, :N], R[..., :N, N:], R[..., N:, N:]
         X = torch.cat([A, torch.zeros_like(A[..., :1, :])], -2)
         Y = torch.cat([B, torch.linalg.vector_norm(C, dim=-2, keepdim=True)], -2)
-        return replace(self, X=X, Y=Y, offset=None)
+        return replace(self, X=X, Y=Y, offset=None, ranks=ALONE)
 
     def validate(self) -> LayerProblem:
         """The problem itself, once its shapes, dtypes and values are seen to be usable.
@@ -327,6 +347,11 @@ class LayerProblem:
         Raises:
             ValueError: naming the tensor, what was expected and what was found.
         """
+        with self.ranks.together():
+            self._validate()
+        return self
+
+    def _validate(self) -> None:
         batch, (P, N), M = self.batch, self.X.shape[-2:], self.Y.shape[-1]
         expected: dict[str, tuple[tuple[int, ...], ...]] = {
             "X": ((*batch, P, N),),
@@ -369,4 +394,3 @@ class LayerProblem:
             raise ValueError(f"sparsity: expected a fraction in [0, 1), got {self.sparsity}")
         if self.penalty is not None and not bool((self.penalty >= 0).all()):
             raise ValueError(f"penalty: expected weights >= 0, got {self.penalty.min():g}")
-        return self

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_nettrim.problem import LayerProblem
+from lightning_nettrim.ranks import ALONE, Ranks
 from lightning_nettrim.sums import norm
 
 
@@ -21,6 +22,7 @@ def reflect_relu_ball(
     balls: tuple[int, ...] = (-2, -1),
     floors: Tensor | None = None,
     *,
+    ranks: Ranks = ALONE,
     out: Tensor | None = None,
     work: Tensor | None = None,
 ) -> Tensor:
@@ -35,6 +37,7 @@ def reflect_relu_ball(
         Omega: ``(*batch, P, M)`` bool; ``None`` is everywhere.
         balls: dimensions over which one ball reaches.
         floors: ``(*batch, P, M)`` bool, off Ω; ``None`` is nowhere.
+        ranks: the processes over which the rows of D are spread.
         out: where to write the answer.
         work: where to write what is needed on the way.
 
@@ -42,7 +45,7 @@ def reflect_relu_ball(
         Aghasi, Abdi, Romberg 2020, Section 4.1.
     """
     on = D if Omega is None else torch.mul(D, Omega, out=work)
-    length = norm(on, balls)
+    length = ranks.norm(norm(on, balls))
     shrink = 1 - 2 * torch.where(length > radius, radius / length, 1)
     if Omega is None:
         return torch.mul(D, shrink, out=out)

@@ -82,9 +82,9 @@ class Pruner(Trained):
                 cause = digest(cause, repr(budgets[name]), before)
                 answer = self._known(label + name, cause)
                 if answer is None:
-                    answer = with_less(
-                        partial(self._answer, name, budgets[name], before, chained), partial(self.less, name)
-                    )
+                    attempt = partial(self._answer, name, budgets[name], before, chained)
+                    answer = with_less(attempt, partial(self.less, name), self.tries)
+                    self.settings.ranks.check_same(answer.values)
                     self._remember(label + name, cause, answer)
                 answers[name] = answer
                 chained &= answer.fed
@@ -101,8 +101,8 @@ class Pruner(Trained):
                 for name in self.todo.layers:
                     self._recalibrate(budgets, name)
             kept = [name for name in self.norms if self._is_part(budgets, name)]
-            mask.swap(self.model, norms.moved(self.model, kept, self.signals.held))
-            distances = with_less(lambda: self.trained.distances(self.signals), self.less)
+            mask.swap(self.model, norms.moved(self.model, kept, self.signals.held, self.settings.ranks))
+            distances = with_less(lambda: self.trained.distances(self.signals), self.less, self.tries)
         sizes, parameters = self.trained.sizes, dict(self.model.named_parameters())
         reports = (replace(a.report, discrepancy=distances[n] / (sizes[n] or 1.0)) for n, a in answers.items())
         errors = {name: answer.error for name, answer in answers.items()}
@@ -133,7 +133,7 @@ class Pruner(Trained):
             self.meter.lap()
         fed = chained and before is not None
         tapes = self.signals.tapes(*([before] if fed and before is not None else []), name)
-        self.trained.expect_calls(name, tapes[name].rows if name in tapes else 0)
+        self.trained.expect_calls(name, tapes[name].rows if name in tapes else 0, self.settings.ranks)
         if fed and before is not None:
             fed = self.signals.feeds(before, tapes.pop(before), tapes[name])
         trained_signal = self.settings.scheme == "parallel" or before is None
@@ -141,10 +141,10 @@ class Pruner(Trained):
         solution, W, values, fallback = self._solve(name, problem, wanted, trained_signal)
         error = 0.0
         if chained and before is None:
-            fed, error = True, length(problem.response(W) - problem.Y)
+            fed, error = True, self.length(problem.response(W) - problem.Y)
         elif fed and before is not None:
             signal = self.folds[name].rows(self.trained[before][0])
-            error = length(replace(problem, X=signal).response(W) - problem.Y)
+            error = self.length(replace(problem, X=signal).response(W) - problem.Y)
         memory = None if self.meter is None else self.meter.lap() / GIB
         layer = self.todo.layers[name]
         report = row(layer, problem, solution, W, self._zeros(layer, values), time.perf_counter() - began)
@@ -153,7 +153,7 @@ class Pruner(Trained):
     def _known(self, name: str, cause: str) -> Answer | None:
         """A layer's answer in the journal."""
         entry = None if self.journal is None else self.journal.read(name, cause)
-        if entry is None:
+        if not self.settings.ranks.all(entry is not None) or entry is None:
             return None
         values, facts = entry
         report = LayerReport(**{**facts["report"], "shape": tuple(facts["report"]["shape"])})
@@ -161,7 +161,7 @@ class Pruner(Trained):
         return Answer({key: value.to(device) for key, value in values.items()}, report, facts["error"], facts["fed"])
 
     def _remember(self, name: str, cause: str, answer: Answer) -> None:
-        if self.journal is not None:
+        if self.journal is not None and self.settings.ranks.rank == 0:
             facts = {"report": asdict(answer.report), "error": answer.error, "fed": answer.fed}
             self.journal.write(name, cause, answer.values, facts)
 
@@ -169,7 +169,12 @@ class Pruner(Trained):
         """One layer's program on what was recorded."""
         X, offset = self.signals.inputs(name, tape), self.signals.offset(name, tape)
         convex = self.method.of(wanted).convex
-        return pose(self.folds[name], X, self.trained[name], offset, wanted, convex, trained_signal)
+        ranks = self.settings.ranks
+        return pose(self.folds[name], X, self.trained[name], offset, wanted, convex, trained_signal, ranks)
+
+    def length(self, R: Tensor) -> float:
+        """‖R‖ of the rows of all processes."""
+        return length(R, self.settings.ranks)
 
     def _solve(
         self, name: str, problem: LayerProblem, wanted: Budget, trained_signal: bool
@@ -202,7 +207,7 @@ class Pruner(Trained):
         """Re-estimate, one by one, the BatchNorms that run next after a layer and are no part of a solution."""
         for name in self.norms:
             if self.todo.norms[name] == layer and not self._is_part(budgets, name):
-                mask.swap(self.model, norms.reestimated(self.model, name, self.signals.held))
+                mask.swap(self.model, norms.reestimated(self.model, name, self.signals.held, self.settings.ranks))
 
     def _is_part(self, budgets: Mapping[str, Budget], norm: str) -> bool:
         """Whether a layer was solved behind a BatchNorm, whose answers are right then and have to stay."""
@@ -238,7 +243,7 @@ def failure(problem: LayerProblem, solution: Solution, W: Tensor) -> str:
     if status in (Status.NONFINITE, Status.INFEASIBLE) or not bool(W.isfinite().all()):
         return f"the solve ended {status.name}"
     if status == Status.MAX_STEPS and bool(solution.epsilon.isfinite().all()):
-        far, radius = length(problem.response(W) - problem.Y), length(solution.epsilon)
+        far, radius = length(problem.response(W) - problem.Y, problem.ranks), length(solution.epsilon)
         if far > 1.01 * radius:
             return f"the solve did not converge: it answers {far / radius:.2f} times its radius away"
     return ""

@@ -14,7 +14,7 @@ from lightning_nettrim.allocate import Bounds, Curve
 from lightning_nettrim.capture import evaluating
 from lightning_nettrim.journal import digest
 from lightning_nettrim.memory import with_less
-from lightning_nettrim.outcome import length, relative_error
+from lightning_nettrim.outcome import relative_error
 from lightning_nettrim.plan import Budget
 from lightning_nettrim.prune import Pruner
 from lightning_nettrim.signals import Signals
@@ -118,10 +118,11 @@ class Rehearsal:
         """What the journal holds, or what is computed now, with less where memory does not suffice."""
         journal, cause = self.pruner.journal, digest(self.pruner.cause, about)
         entry = None if journal is None else journal.read(name, cause)
-        if entry is not None:
+        ranks = self.pruner.settings.ranks
+        if ranks.all(entry is not None) and entry is not None:
             return entry[1]
-        found = with_less(compute, self.pruner.less)
-        if journal is not None:
+        found = with_less(compute, self.pruner.less, self.pruner.tries)
+        if journal is not None and ranks.rank == 0:
             journal.write(name, cause, {}, found)
         return found
 
@@ -133,7 +134,7 @@ class Rehearsal:
         if self._trained is None or self._trained[0] is not pruner.signals:
             self._trained = pruner.signals, probe.answers(last)[last]
         trained = self._trained[1]
-        size = length(trained) or 1.0
+        size = pruner.length(trained) or 1.0
         fold, budget, tape = pruner.folds[name], pruner.todo.budgets[name], pruner.signals.tapes(name)[name]
         spectrum, points = pruner.method.spectra.get(name), {}
         for density in DENSITIES:
@@ -145,7 +146,7 @@ class Rehearsal:
             spectrum = solution.state
             W = refit(problem, solution.W, steps=2, inner=8)
             mask.swap(pruner.model, fold.parameters(W))
-            effect = length(probe.answers(last)[last] - trained) / size
+            effect = pruner.length(probe.answers(last)[last] - trained) / size
             points[problem.nonzeros] = relative_error(problem, W), effect
         if pruner.settings.scheme == "parallel" or name == next(iter(pruner.todo.layers)):
             pruner.method.spectra[name] = spectrum

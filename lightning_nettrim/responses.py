@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_nettrim.memory import passes
 from lightning_nettrim.outcome import length
+from lightning_nettrim.ranks import Ranks
 from lightning_nettrim.shelf import Kept, Shelf
 from lightning_nettrim.signals import Signals
 
@@ -35,7 +36,7 @@ class Responses:
             for name, Y in signals.answers(*group).items():
                 self._kept.pop(name, None)
                 self._kept[name], self._device = self._shelf.put([Y]), Y.device
-                self.rows[name], self.sizes[name] = Y.shape[1], length(Y)
+                self.rows[name], self.sizes[name] = Y.shape[1], length(Y, signals.ranks)
 
     def distances(self, signals: Signals) -> dict[str, float]:
         """‖answer − trained answer‖ of every layer, by the weights that the model has now.
@@ -47,13 +48,13 @@ class Responses:
         for group in passes(signals.todo.layers, signals.rows, self._room):
             answers = signals.answers(*group)
             for name in group:
-                self.expect_calls(name, answers[name].shape[1] if name in answers else 0)
-                distances[name] = length(answers[name] - self[name])
+                self.expect_calls(name, answers[name].shape[1] if name in answers else 0, signals.ranks)
+                distances[name] = length(answers.pop(name) - self[name], signals.ranks)
         return distances
 
-    def expect_calls(self, name: str, rows: int) -> None:
-        """Raise ValueError unless a layer saw as many rows as in the trained network."""
-        if rows != self.rows[name]:
+    def expect_calls(self, name: str, rows: int, ranks: Ranks) -> None:
+        """Raise ValueError unless a layer saw as many rows as in the trained network, in every process."""
+        if ranks.any(rows != self.rows[name]):
             raise ValueError(
                 f"{name}: expected to be called as in the trained network, on {self.rows[name]} rows, got {rows}: the"
                 " network decides by its signals whether to call it; ignore it"

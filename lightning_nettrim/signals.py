@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_nettrim.capture import Tape, record
 from lightning_nettrim.fold import Fold
 from lightning_nettrim.plan import Plan
+from lightning_nettrim.ranks import ALONE, Ranks
 from lightning_nettrim.sample import Held
 
 GLANCE = 256
@@ -28,6 +29,7 @@ class Signals:
         held: what `hold` returned.
         rows: of each layer, at most.
         seed: of that sample.
+        ranks: the processes of which each has inputs of its own.
     """
 
     model: nn.Module
@@ -36,6 +38,7 @@ class Signals:
     held: Held
     rows: Mapping[str, int]
     seed: int
+    ranks: Ranks = ALONE
 
     def probe(self, size: int, num_samples: int) -> Signals:
         """The same on about the first ``size`` of at most ``num_samples`` inputs."""
@@ -59,11 +62,11 @@ class Signals:
         Raises:
             ValueError: for NaN and Inf.
         """
-        return self.folds[name].rows(_finite(name, tape.X))
+        return self.folds[name].rows(self._finite(name, tape.X))
 
     def offset(self, name: str, tape: Tape) -> Tensor | None:
         """``(groups, P or 1, M)``: what is added to a layer's products."""
-        return self.folds[name].offset(None if tape.R is None else _finite(name, tape.R))
+        return self.folds[name].offset(None if tape.R is None else self._finite(name, tape.R))
 
     def answer(self, name: str, tape: Tape) -> Tensor:
         """``(groups, P, M)``: what a layer answered behind all that follows it now, in the solve's dtype.
@@ -72,12 +75,12 @@ class Signals:
             ValueError: for NaN and Inf.
         """
         fold = self.folds[name].now(self.todo.flows[name], self.model)
-        return fold.answer(_finite(name, tape.Z), None if tape.R is None else _finite(name, tape.R))
+        return fold.answer(self._finite(name, tape.Z), None if tape.R is None else self._finite(name, tape.R))
 
     def feeds(self, name: str, source: Tape, target: Tape) -> bool:
-        """Whether the target's input is the source's answer, bit by bit and row by row."""
+        """Whether the target's input is the source's answer, bit by bit and row by row, in every process."""
         answer = self.answer(name, source)
-        return target.X is not None and torch.equal(answer[0], target.X.to(answer.dtype))
+        return self.ranks.all(target.X is not None and torch.equal(answer[0], target.X.to(answer.dtype)))
 
     def importance(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{name: (groups, 1, M)}``: the norm of the weights by which others read each neuron, with mean square one.
@@ -96,10 +99,11 @@ class Signals:
                 factors[name] = (square / square.mean()).nan_to_num(1.0).clamp(min=1e-2).sqrt().reshape(1, 1, -1)
         return factors
 
-
-def _finite(name: str, recorded: Tensor | None) -> Tensor:
-    """The recording itself, if every number in it is finite."""
-    assert recorded is not None
-    if not bool(recorded.isfinite().all()):
-        raise ValueError(f"{name}: expected finite activations, got NaN or Inf: look at the batches and at the weights")
-    return recorded
+    def _finite(self, name: str, recorded: Tensor | None) -> Tensor:
+        """The recording itself, if every number in it is finite, in every process."""
+        assert recorded is not None
+        if not self.ranks.all(bool(recorded.isfinite().all())):
+            raise ValueError(
+                f"{name}: expected finite activations, got NaN or Inf: look at the batches and at the weights"
+            )
+        return recorded

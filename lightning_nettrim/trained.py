@@ -19,6 +19,7 @@ from lightning_nettrim.layers import joined
 from lightning_nettrim.memory import LEAST_ROWS, Meter, rows_within, with_less
 from lightning_nettrim.method import Method
 from lightning_nettrim.plan import Plan
+from lightning_nettrim.ranks import ALONE, Ranks
 from lightning_nettrim.responses import Responses
 from lightning_nettrim.sample import Held
 from lightning_nettrim.shelf import Shelf
@@ -41,6 +42,7 @@ class Settings:
         importance: ``"outgoing"`` or ``"equal"``, what a neuron's error counts in `Cardinality`.
         recalibrate: re-estimate the running statistics of BatchNorms.
         on_failure: ``"magnitude"``, prune by magnitude and refit instead, or ``"dense"``, leave the layer as it is.
+        ranks: the processes that do this together, each on inputs of its own.
     """
 
     scheme: str
@@ -51,6 +53,7 @@ class Settings:
     importance: str
     recalibrate: bool
     on_failure: str = "magnitude"
+    ranks: Ranks = ALONE
 
 
 class Trained:
@@ -80,13 +83,14 @@ class Trained:
     ) -> None:
         self.model, self.todo, self.settings, self.journal = model, todo, settings, journal
         self.room, self.meter = room, meter
+        self.tries = 0 if settings.ranks.count > 1 else 3  # with less; another process would wait in an exchange
         self.notes: list[str] = []
         penalize_bias = settings.penalize_bias
         self.folds = {
             name: Fold.of(layer, todo.flows[name], model, penalize_bias) for name, layer in todo.layers.items()
         }
         rows = {name: rows_within(layer, settings.num_samples, room) for name, layer in todo.layers.items()}
-        self.signals = Signals(model, todo, self.folds, held, rows, settings.seed)
+        self.signals = Signals(model, todo, self.folds, held, rows, settings.seed, settings.ranks)
         known = [name for name, layer in todo.norms.items() if layer is not None]
         self.norms = known if settings.recalibrate else []
         written = {key for fold in self.folds.values() for key in fold.written}
@@ -97,9 +101,9 @@ class Trained:
         self.trained, self.method = Responses(shelf or Shelf("device"), room), Method(settings.solver, penalize_bias)
         with evaluating(model):
             if settings.importance == "outgoing":
-                reading = with_less(lambda: self.signals.importance(self.weights()), self.narrower)
+                reading = with_less(lambda: self.signals.importance(self.weights()), self.narrower, self.tries)
                 self.method = replace(self.method, reading=reading)
-            with_less(lambda: self.trained.record(self.signals), self.narrower)
+            with_less(lambda: self.trained.record(self.signals), self.narrower, self.tries)
         for name, few in rows.items():
             if self.trained.rows.get(name) == few < settings.num_samples:
                 self._note(f"{name}: {few} of {settings.num_samples} samples fit into max_memory")
@@ -132,10 +136,12 @@ class Trained:
         """The fingerprint of all that the answers come from, but for the budgets."""
         flows = {name: str(flow) for name, flow in self.todo.flows.items()}
         inputs = (tree_flatten(batch)[0] for batch in held)
-        return digest(
-            version("lightning_nettrim"), dict(self.model.state_dict()), repr(self.settings), flows,
-            dict(self.signals.rows), *(digest(leaves) for leaves in inputs),
+        ranks, settings = self.settings.ranks, repr(replace(self.settings, ranks=ALONE))
+        own = digest(
+            version("lightning_nettrim"), dict(self.model.state_dict()), settings, flows, dict(self.signals.rows),
+            *(digest(leaves) for leaves in inputs),
         )  # fmt: skip
+        return digest(ranks.gather(own))
 
     @property
     def prunable(self) -> list[str]:

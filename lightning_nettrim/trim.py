@@ -16,6 +16,7 @@ from lightning_nettrim.layers import prunable, refuse_unusable
 from lightning_nettrim.memory import FRACTION, GIB, Meter, free
 from lightning_nettrim.plan import Options, as_text, check_arguments, choose, read
 from lightning_nettrim.prune import Pruner
+from lightning_nettrim.ranks import ALONE, Group
 from lightning_nettrim.rehearse import Rehearsal
 from lightning_nettrim.report import LayerReport, Trial, TrimResult
 from lightning_nettrim.sample import hold
@@ -58,6 +59,7 @@ def trim(
     on_layer: Callable[[LayerReport], None] | None = None,
     on_trial: Callable[[Trial], None] | None = None,
     on_progress: Callable[[str, float], None] | None = None,
+    distributed: bool = False,
 ) -> TrimResult:
     """Prune a trained model in place, without retraining it.
 
@@ -108,12 +110,15 @@ def trim(
         on_layer: called with the report of each layer as it is finished; its ``discrepancy`` is still NaN.
         on_trial: called after each trial of ``max_drop``.
         on_progress: called with what is being done and which fraction of that is.
+        distributed: all processes of torch's default group call this with the same trained model and arguments, each
+            with batches of its own. They stay there, ``num_samples`` of each; all get the same network, to the bit.
 
     Returns:
         The reports, masks and totals.
 
     Raises:
         ValueError: for arguments, models and batches that cannot be used; the model is untouched.
+        RuntimeError: if another process has failed, has ended or has other weights; the model is untouched.
 
     References:
         Aghasi, Abdi, Romberg, "Fast Convex Pruning of Deep Neural Networks", SIAM J. Math. Data Sci. 2020.
@@ -138,13 +143,18 @@ def trim(
     limit, meter = free(device) * FRACTION if max_memory is None else max_memory * GIB, Meter(device)
     on_device = offload == "device" or device.type == "cpu"
     shelf = Shelf(offload, limit / 2 if on_device else math.inf)
-    held = hold(model, batches, num_samples, seed, shelf)
-    todo = choose(model, held, common, targets, ignore, per_layer)
+    ranks = Group.of(model) if distributed else ALONE
+    ranks.check_same(dict(model.named_parameters()))
+    ranks.share(model.buffers())
+    with ranks.together():
+        held = hold(model, batches, num_samples, seed, shelf)
+    todo = choose(model, held, common, targets, ignore, per_layer, ranks)
     settings = Settings(
-        scheme, solver, num_samples, seed, penalize_bias, importance, recalibrate_batchnorm, on_failure
+        scheme, solver, num_samples, seed, penalize_bias, importance, recalibrate_batchnorm, on_failure, ranks
     )  # fmt: skip
     journal = None if folder is None else Journal(Path(folder), [Path(other) for other in resume_from])
-    pruner = Pruner(model, todo, held, settings, limit - meter.lap(), shelf, journal, meter)
+    room = min(ranks.gather(limit - meter.lap()))
+    pruner = Pruner(model, todo, held, settings, room, shelf, journal, meter)
     rehearsal = Rehearsal(pruner, on_progress)
     with pruner.saved():
         if metric is None:
@@ -173,7 +183,8 @@ def _sparsest(
     on_progress: Callable[[str, float], None] | None,
 ) -> TrimResult:
     """The sparsest network within the drop, in place; the trained one if there is none."""
-    pruner, dense = rehearsal.pruner, metric()
+    pruner, mean = rehearsal.pruner, rehearsal.pruner.settings.ranks.mean
+    dense = mean(metric())
     room = max_drop * (abs(dense) if relative else 1.0) + 1e-9 * max(abs(dense), 1.0)
     best: tuple[float, TrimResult, dict[str, Any]] | None = None
 
@@ -185,7 +196,7 @@ def _sparsest(
         chosen = rehearsal.budgets(allocate, sparsity)
         label = f"{sparsity:.4f}@"
         result = replace(pruner.prune(chosen, progress=on_progress, label=label), plan=as_text(pruner.todo, chosen))
-        value = metric()
+        value = mean(metric())
         if allowed(value) and (best is None or sparsity > best[0]):
             best = sparsity, result, pruner.snapshot()
         if on_trial is not None:

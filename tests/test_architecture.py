@@ -10,7 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_nettrim"
 FLOORS = [
-    {"pattern", "sums", "rectifier"},
+    {"pattern", "sums", "rectifier", "ranks"},
     {"problem"},
     {"prox"},
     {"solvers"},

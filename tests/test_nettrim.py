@@ -897,20 +897,6 @@ def test_refuses_two_of_its_kind(tmp_path):
         make_trainer(tmp_path, half(), Other(epsilon=0.1)).fit(Net(), train_data(), val_data())
 
 
-def test_refuses_an_untested_strategy(tmp_path):
-    trainer = pl.Trainer(
-        strategy="ddp",
-        devices=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        default_root_dir=tmp_path,
-    )
-    with pytest.raises(MisconfigurationException, match="got DDPStrategy.*allow_untested_strategy"):
-        half().setup(trainer, Net(), "fit")
-    half(allow_untested_strategy=True).setup(trainer, Net(), "fit")
-
-
 @dataclass(frozen=True)
 class Breaking(Solver):
     """Prunes the first layer, of 8 inputs, and then raises."""

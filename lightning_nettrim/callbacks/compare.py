@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
 
 
 def sibling(logger: Logger, name: str) -> Logger:
@@ -53,11 +54,16 @@ def validation(trainer: pl.Trainer, name: str | None = None) -> dict[str, float]
         loop.verbose, loop._module_mode.mode = verbose, modes
         for run in runs:
             run.finalize("success")
-    metrics = {key: float(value) for output in outputs for key, value in output.items()}
+    metrics = averages(trainer, {key: value for output in outputs for key, value in output.items()})
     for logger, run in zip(trainer.loggers, runs, strict=False):
         if isinstance(run, DummyLogger) and metrics:
             logger.log_metrics({f"{name}/{key}": value for key, value in metrics.items()}, trainer.global_step)
     return metrics
+
+
+def averages(trainer: pl.Trainer, metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Metrics over all processes; those that were logged with ``sync_dist`` are that already."""
+    return {key: float(trainer.strategy.reduce(value.clone(), reduce_op="mean")) for key, value in metrics.items()}
 
 
 def restart(trainer: pl.Trainer) -> None:

@@ -8,14 +8,14 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_nettrim import mask
 from lightning_nettrim.callbacks.calibration import calibration_batches
-from lightning_nettrim.callbacks.compare import restart, validation
+from lightning_nettrim.callbacks.compare import averages, restart, validation
 from lightning_nettrim.callbacks.progress import progress
 from lightning_nettrim.callbacks.publish import (
     finished_layers,
@@ -62,7 +62,7 @@ class NetTrim(Callback):
         ignore: layers to leave alone, by the same keys.
         per_layer: options by the same keys in place of the common ones, e.g. ``{fc3: {sparsity: 0.6}}``; the options
             are ``epsilon``, ``sparsity``, ``pattern``, ``refit`` and, as bounds, ``min_sparsity``, ``max_sparsity``.
-        num_samples: inputs, and rows per layer, to calibrate on at most; a uniform sample of one pass.
+        num_samples: inputs, and rows per layer, to calibrate on at most, in each process; a uniform sample of one pass.
         seed: of that sample.
         penalize_bias: let biases be pruned like weights, the paper's way.
         recalibrate_batchnorm: re-estimate the running statistics of BatchNorms behind pruned layers.
@@ -77,7 +77,7 @@ class NetTrim(Callback):
         enforce: keep zeros exactly zero in a later ``fit`` of the pruned network; it is not pruned again then.
         dry_run: print what would be pruned, write it as ``nettrim/plan.yaml``, and leave the network as it is.
         plan: file of such a plan, perhaps edited, in place of budgets and of layer choices.
-        allow_untested_strategy: run under other strategies than a single device, at your own risk.
+        allow_untested_strategy: run under other strategies than a single device and DDP, at your own risk.
 
     Raises:
         MisconfigurationException: naming the argument, what was expected and what was given.
@@ -184,12 +184,12 @@ class NetTrim(Callback):
         """Refuse what cannot work before any time is spent."""
         if sum(isinstance(callback, NetTrim) for callback in trainer.callbacks) > 1:  # type: ignore[attr-defined]
             raise MisconfigurationException("expected one NetTrim in a Trainer, got several: merge them by per_layer")
-        single = isinstance(trainer.strategy, SingleDeviceStrategy)
-        if not single and not self.allow_untested_strategy:
+        tested = isinstance(trainer.strategy, SingleDeviceStrategy) or type(trainer.strategy) is DDPStrategy
+        if not tested and not self.allow_untested_strategy:
             raise MisconfigurationException(
-                f"NetTrim: expected a strategy on a single device, got {type(trainer.strategy).__name__}: train"
-                " with it, then prune with `Trainer(devices=1).validate(model, ckpt_path=...)`; or set"
-                " allow_untested_strategy"
+                f"NetTrim: expected a single device or DDP, with the whole network in every process, got"
+                f" {type(trainer.strategy).__name__}: train with it, then prune with"
+                " `Trainer(devices=1).validate(model, ckpt_path=...)`; or set allow_untested_strategy"
             )
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -250,7 +250,7 @@ class NetTrim(Callback):
         """Publish what the plain ``validate`` of the freshly pruned network has measured."""
         if self._awaiting:
             self._awaiting = False
-            self.metrics["pruned"] = {key: float(value) for key, value in trainer.callback_metrics.items()}
+            self.metrics["pruned"] = averages(trainer, trainer.callback_metrics)
             self._publish(trainer, pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -312,6 +312,7 @@ class NetTrim(Callback):
                 on_layer=tell,
                 on_trial=tell,
                 on_progress=bar,
+                distributed=isinstance(trainer.strategy, DDPStrategy),
                 **(finished_layers(trainer) if self.save else {}),
             )
         self.masks = self.result.masks
@@ -336,7 +337,9 @@ class NetTrim(Callback):
 
     def _show_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print what would be pruned and what would not, and write it as YAML."""
-        result = trim(pl_module, self._batches(trainer, pl_module), **self._trim_arguments, dry_run=True)
+        distributed = isinstance(trainer.strategy, DDPStrategy)
+        batches = self._batches(trainer, pl_module)
+        result = trim(pl_module, batches, **self._trim_arguments, dry_run=True, distributed=distributed)
         show_plan(trainer, result.plan, self.save)
 
     def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:

@@ -92,7 +92,8 @@ def warn_of_dense(trainer: pl.Trainer) -> None:
 def show_plan(trainer: pl.Trainer, plan: str, save: bool) -> None:
     """Print what would be pruned and what would not, and write it as YAML."""
     trainer.print(f"NetTrim would prune (dry_run, nothing was changed):\n{plan}")
-    if save and trainer.is_global_zero and (where := folder(trainer)) is not None:
+    where = folder(trainer)  # which all processes have to ask for
+    if save and trainer.is_global_zero and where is not None:
         _write(where / "plan.yaml", plan)
 
 

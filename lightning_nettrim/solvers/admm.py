@@ -85,8 +85,7 @@ class ADMM(IterativeSolver):
         D = torch.empty_like(problem.Y)
         G, R, E = torch.empty_like(D), torch.empty_like(D), torch.empty_like(D)
         _residual(problem, S, R)
-        floors = problem.floors if problem.bounded else None
-        reflect_relu_ball(R, problem.radius, problem.Omega, problem.balls, floors, out=G, work=E)
+        _reflect(problem, R, G, E)
         torch.sub(R, G, out=D).mul_(0.5)
         torch.neg(D, out=G)
         F = torch.empty_like(D) if self.tf32 else D[:, :0, :0]
@@ -102,8 +101,7 @@ class ADMM(IterativeSolver):
             for rows, X in problem.inputs():
                 R[:, rows].baddbmm_(X, move)
             D.lerp_(G, alpha / 2).add_(R, alpha=alpha)  # over-relaxed XW − U₁, the dual ascent of Z included
-            floors = problem.floors if problem.bounded else None
-            reflect_relu_ball(D, problem.radius, problem.Omega, problem.balls, floors, out=G, work=E)  # Z-update
+            _reflect(problem, D, G, E)  # Z-update
             if self.tf32:  # the product of the change alone, in which a coarse rounding does no harm
                 change = F.sub_(torch.add(G, R, out=E))
                 _adjoint(problem, change, g, beta=1)
@@ -143,11 +141,13 @@ class ADMM(IterativeSolver):
         W, S, T, g, R, D, G, E, _, _, kappa, inverse = state
         root, U = kappa.sqrt(), S - T
         torch.sub(D, G, out=E).mul_(-0.5).add_(R)  # XW − Z
-        primal = torch.hypot(norm(E), norm(root * (W - S))) / torch.hypot(norm(problem.Y), norm(root * S))
+        spread = problem.ranks.norm
+        primal = torch.hypot(spread(norm(E)), norm(root * (W - S)))
+        primal = primal / torch.hypot(spread(norm(problem.Y)), norm(root * S))
         slope = g + kappa * (S + U - W)
         move = over((-2, -1), torch.sum, slope * torch.bmm(inverse, slope)).clamp(min=0).sqrt()
         torch.add(D, G, out=E).mul_(-0.5)  # U₁
-        return primal / (move / torch.hypot(norm(E), norm(root * U)))
+        return primal / (move / torch.hypot(spread(norm(E)), norm(root * U)))
 
     def penalise(self, state: ADMMState, factor: Tensor) -> ADMMState:
         """ρ multiplied by the factor, ``(B, 1, 1)``; the scaled duals shrink by as much, Z and S stay."""
@@ -162,7 +162,7 @@ class ADMM(IterativeSolver):
     def _at_sparsity(self, problem: LayerProblem) -> Solution:
         """Search log ε for the number of non-zeros, solve there, and cut or fill the support to the exact count."""
         k, size = problem.nonzeros, problem.prunable
-        response = torch.linalg.matrix_norm(problem.Y)
+        response = problem.ranks.norm(torch.linalg.matrix_norm(problem.Y))
         response = torch.where(response > 0, response, 1)
         floor = 1e-3 * response
         if problem.epsilon is not None:
@@ -199,11 +199,21 @@ def _residual(problem: LayerProblem, W: Tensor, R: Tensor) -> None:
         R[:, rows] = torch.baddbmm(part.centre, part.X, W, beta=-1)
 
 
+def _reflect(problem: LayerProblem, D: Tensor, G: Tensor, E: Tensor) -> None:
+    """G ← D − 2(Z − C), Z − C the projection of D onto the constraints; E is work."""
+    floors = problem.floors if problem.bounded else None
+    reflect_relu_ball(
+        D, problem.radius, problem.Omega, problem.balls, floors, ranks=problem.ranks, out=G, work=E
+    )  # fmt: skip
+
+
 def _adjoint(problem: LayerProblem, E: Tensor, g: Tensor, beta: int = 0) -> None:
     """In place, g ← βg + XᵀE."""
+    share = beta / problem.ranks.count  # of g, which every process adds
     for rows, X in problem.inputs():
-        g.baddbmm_(X.mT, E[:, rows], beta=beta)
-        beta = 1
+        g.baddbmm_(X.mT, E[:, rows], beta=share)
+        share = 1
+    g.copy_(problem.ranks.sum(g))
 
 
 def _factor(problem: LayerProblem, penalised: Tensor) -> tuple[Tensor, Tensor]:

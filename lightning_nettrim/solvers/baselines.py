@@ -37,7 +37,7 @@ class Wanda(Solver):
     def solve(self, problem: LayerProblem, warm: Any = None) -> Solution:
         """Needs a ``sparsity``; has neither objective nor certificate, so those are NaN."""
         energy = sum(X.square().sum(-2) for _, X in problem.inputs())
-        score = problem.W.square() * energy.unsqueeze(-1)  # type: ignore[union-attr]
+        score = problem.W.square() * problem.ranks.sum(energy).unsqueeze(-1)  # type: ignore[arg-type]
         return Solution.uncertified(project_pattern(problem, problem.W, score))
 
 

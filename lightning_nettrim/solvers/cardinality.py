@@ -187,7 +187,7 @@ def _or_magnitude(problem: LayerProblem, W: Tensor) -> Tensor:
 def spectrum_of(problem: LayerProblem) -> Spectrum:
     """The eigenvalues and eigenvectors of a flat batch's scaled Gram matrix."""
     penalised = (problem.weights > 0).squeeze(-1)
-    if problem.X.shape[-2] < int(penalised.sum()):
+    if problem.ranks.count == 1 and problem.X.shape[-2] < int(penalised.sum()):
         return _spectrum_of_samples(problem, penalised)
     H = problem.gram()
     rows = H[:, ~penalised]
@@ -218,14 +218,15 @@ def _spectrum_of_samples(problem: LayerProblem, penalised: Tensor) -> Spectrum:
 
 
 def _parts(problem: LayerProblem, parts: int) -> list[slice]:
-    """The rows in parts; one part for a linear response, whose target never changes."""
+    """This process's rows in as many parts as those of every other; one for a linear response, of a fixed target."""
     P = problem.X.shape[-2]
     size = -(-P // (1 if problem.Omega is None else parts))
-    return [slice(start, min(start + size, P)) for start in range(0, P, size)]
+    count = max(problem.ranks.gather(-(-P // size)))
+    return [slice(min(i * size, P), min((i + 1) * size, P)) for i in range(count)]
 
 
 def _image(problem: LayerProblem, rows: slice, W: Tensor) -> Tensor:
     """``(B, N, M)``: XᵀT on some rows, where T is the point of K nearest to XW."""
     part = problem.part(rows)
     T = part.centre if part.Omega is None else project_responses(part, torch.bmm(part.X, W))
-    return torch.bmm(part.X.mT, T)
+    return problem.ranks.sum(torch.bmm(part.X.mT, T))

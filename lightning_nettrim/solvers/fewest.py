@@ -35,7 +35,7 @@ def fewest(problem: LayerProblem, solver: Solver, refitted: bool, trials: int = 
         warm = solution.state
         if refitted:
             solution = replace(solution, W=refit(at, solution.W))
-        if bool(torch.linalg.matrix_norm(problem.response(solution.W) - problem.Y) <= radius):
+        if bool(problem.distance(solution.W) <= radius):
             best, good = solution, density
         else:
             bad = density

@@ -42,12 +42,12 @@ def refit(
     problem = replace(problem, X=problem.X.to(problem.Y.device))
     X = problem.X
     support = ((W != 0) | (problem.weights == 0)).to(W)
-    energy = X.square().sum(-2).unsqueeze(-1)  # (*batch, N, 1), the diagonal of XᵀX
+    energy = problem.ranks.sum(X.square().sum(-2)).unsqueeze(-1)  # (*batch, N, 1), the diagonal of XᵀX
     pull = problem.anchor * energy * support
     ridge = DAMPING * energy.mean(-2, keepdim=True) + pull
     scale = support / (energy + ridge).clamp(min=torch.finfo(W.dtype).tiny)
-    P, N = X.shape[-2:]
-    gram = X.mT @ X if problem.Omega is None and N <= P else None
+    linear = problem.Omega is None and X.shape[-1] <= problem.samples()
+    gram = problem.ranks.sum(X.mT @ X) if linear else None
     XW = X @ W
     R, far = _residual(problem, XW), _merit(problem, W, XW, pull)
     for _ in range(steps):
@@ -55,13 +55,13 @@ def refit(
             active = torch.ones_like(R) if problem.Omega is None else _active(problem, XW, R)
 
             def curvature(D: Tensor, active: Tensor = active) -> Tensor:
-                return support * (X.mT @ (X @ D).mul_(active)).add_(ridge * D)
+                return support * problem.ranks.sum(X.mT @ (X @ D).mul_(active)).add_(ridge * D)
         else:
 
             def curvature(D: Tensor, active: Tensor = gram) -> Tensor:
                 return support * (active @ D).add_(ridge * D)
 
-        slope = support * (X.mT @ R) + pull * (problem.W - W)
+        slope = support * problem.ranks.sum(X.mT @ R) + pull * (problem.W - W)
         with coarse_products(tf32):
             D = _conjugate_gradients(curvature, slope, scale, inner if gram is None else 5 * inner)
         W, XW = _descend(problem, W, XW, D, far, pull)
@@ -73,9 +73,10 @@ def refit(
 
 def _merit(problem: LayerProblem, W: Tensor, XW: Tensor, pull: Tensor) -> Tensor:
     """``(*batch, 1, 1)``: the distance and the pull of the anchor in one."""
+    far = problem.ranks.norm(_far(problem, XW))
     if not problem.anchor:
-        return _far(problem, XW)
-    return torch.hypot(_far(problem, XW), torch.linalg.matrix_norm(pull.sqrt() * (problem.W - W), keepdim=True))
+        return far
+    return torch.hypot(far, torch.linalg.matrix_norm(pull.sqrt() * (problem.W - W), keepdim=True))
 
 
 def distance(problem: LayerProblem, W: Tensor) -> Tensor:
@@ -83,7 +84,7 @@ def distance(problem: LayerProblem, W: Tensor) -> Tensor:
     far = W.new_zeros(())
     for _, part in problem.blocks():
         far = torch.hypot(far, _far(part, part.X @ W))
-    return far
+    return problem.ranks.norm(far)
 
 
 def _residual(problem: LayerProblem, XW: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ def _residual(problem: LayerProblem, XW: Tensor) -> Tensor:
 
 
 def _far(problem: LayerProblem, XW: Tensor) -> Tensor:
-    """``(*batch, 1, 1)``: dist(XW, K); below a slope, as `project_responses` weighs it."""
+    """``(*batch, 1, 1)``: dist(XW, K) of this process's rows; below a slope, as `project_responses` weighs it."""
     if problem.Omega is None or problem.rectifier.slope is None:
         return torch.linalg.matrix_norm(_residual(problem, XW), keepdim=True)
     beyond = replace(problem, rectifier=Rectifier())

@@ -1,0 +1,82 @@
+"""A fit with NetTrim under Lightning's ``ddp``: ``python ranked_ddp.py <folder> <devices> <part>``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import CSVLogger
+from torch import distributed, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_nettrim import Cardinality, LayerProblem, NetTrim, Solution
+
+SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class Dying(Cardinality):
+    """Ends process 1 on the spot, in the middle of the second layer."""
+
+    def solve(self, problem: LayerProblem, warm=None) -> Solution:
+        if problem.Y.shape[-1] == 8 and distributed.get_rank() == 1:
+            os._exit(7)
+        return super().solve(problem, warm)
+
+
+class Net(pl.LightningModule):
+    """12-16-8-3 with a BatchNorm, whose parameters training does not move: the processes' batches are not one's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(
+            *(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+        )
+        self.layers[1].momentum = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The logits."""
+        return self.layers(x)
+
+    def training_step(self, batch, batch_idx):
+        return self(batch[0]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self(batch[0]).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def loader() -> DataLoader:
+    """Data that a DistributedSampler deals out row by row."""
+    generator = torch.Generator().manual_seed(1)
+    data = TensorDataset(torch.randn(SAMPLES, 12, generator=generator, dtype=torch.float64))
+    return DataLoader(data, batch_size=32)
+
+
+def main(folder: Path, devices: int, part: str) -> None:
+    """Fit and prune; each process leaves its own network in the folder."""
+    arguments = {
+        "prune": {"sparsity": 0.6},
+        "die": {"sparsity": 0.5, "allocate": "uniform", "solver": Dying()},
+    }[part]
+    callback = NetTrim(**arguments, num_samples=SAMPLES)
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", precision="64-true",
+        max_epochs=1, callbacks=[callback], logger=CSVLogger(folder, name="run"), enable_progress_bar=False,
+        enable_checkpointing=False, default_root_dir=folder,
+    )  # fmt: skip
+    model = Net()
+    trainer.fit(model, loader(), loader())
+    assert callback.result is not None
+    torch.save((model.state_dict(), callback.metrics), folder / f"{trainer.global_rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -1,0 +1,186 @@
+"""Samples spread over processes: the same network as from one process, and an error in one ends all."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import ranked
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from ranked_ddp import Net
+
+from lightning_nettrim import Cardinality, NetTrim, path, refit, trim
+from lightning_nettrim.ranks import Ranks
+
+HERE = Path(__file__).parent
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
+
+
+def together(folder: Path, part: str) -> list[subprocess.CompletedProcess[str]]:
+    """Two processes of a part, until both have ended."""
+    command = [sys.executable, str(HERE / "ranked.py"), str(folder)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), "2", part], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        outputs = [process.communicate(timeout=180)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, output)
+        for process, output in zip(processes, outputs, strict=True)
+    ]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """What both processes have found."""
+    folder = tmp_path_factory.mktemp("ranks")
+    for process in together(folder, "cases"):
+        assert process.returncode == 0, process.stdout
+    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("case", ranked.CASES)
+def test_two_processes_prune_as_one_does(found, case):
+    torch.set_num_threads(1)
+    (first, totals), (second, others) = (of_rank[case] for of_rank in found)
+    model, expected = ranked.trimmed(case)
+    for name, value in model.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5)
+    assert totals == others
+    assert totals == pytest.approx(expected, rel=1e-5, abs=1e-9)
+
+
+def test_two_processes_solve_one_problem(found):
+    problem = ranked.linear_problem()
+    expected = {
+        "path": torch.stack([solution.W for solution in path(problem, [4.0, 2.0])]),
+        "refit": refit(problem, problem.W * (problem.W.abs() > 0.5)),
+        "cardinality": Cardinality().solve(problem).W,
+    }
+    for name, W in expected.items():
+        first, second = (torch.stack(of[name]) if name == "path" else of[name] for of in found)
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, W, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "second"),
+    [
+        ("nan", "ValueError: 0: expected finite", "ValueError: 0: expected finite"),
+        ("empty", "RuntimeError: process 1 of 2 has failed, .*: ValueError: expected batches", "ValueError: expected"),
+        ("differ", "ValueError: first: .* 'ReLU' in process 0 and 'linear'", "ValueError: first: expected"),
+        ("weights", "RuntimeError: 2.weight: expected the same", "RuntimeError: 2.weight: expected the same"),
+    ],
+)
+def test_an_error_in_one_process_is_one_in_all(found, name, first, second):
+    assert re.match(first, found[0][name]), found[0][name]
+    assert re.match(second, found[1][name]), found[1][name]
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    survivor, dead = together(tmp_path, "die")
+    assert dead.returncode == 7
+    assert survivor.returncode == 1
+    assert "RuntimeError: expected 2 processes to go on together" in survivor.stdout
+    assert "another process has ended" in survivor.stdout
+    assert "while solving 2: all of 0, 2, 4 have their trained weights again" in survivor.stdout
+
+
+def fit(folder: Path, devices: int, part: str) -> subprocess.CompletedProcess[str]:
+    """A fit under Lightning, which starts the second process itself, until it has ended."""
+    folder.mkdir()
+    command = [sys.executable, str(HERE / "ranked_ddp.py"), str(folder), str(devices), part]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
+
+
+def test_a_fit_under_ddp_prunes_as_one_on_a_single_device_does(tmp_path):
+    for devices in (1, 2):
+        done = fit(tmp_path / str(devices), devices, "prune")
+        assert done.returncode == 0, done.stderr
+    (one, metrics), (first, averages), (second, others) = (
+        torch.load(tmp_path / devices / f"{rank}.pt") for devices, rank in (("1", 0), ("2", 0), ("2", 1))
+    )
+    for name, value in one.items():
+        if name.endswith("num_batches_tracked"):  # of twice as many batches in one process
+            continue
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5)
+    assert averages == others
+    for side in ("dense", "pruned"):
+        assert averages[side] == pytest.approx(metrics[side], rel=1e-5)
+    assert averages["dense"] != averages["pruned"]
+    (written,) = tmp_path.glob("2/**/pruned.ckpt")
+    saved = torch.load(written)["state_dict"]
+    assert all(torch.equal(saved[name], value) for name, value in first.items())
+    Net().load_state_dict(saved)
+    assert len(list(tmp_path.glob("2/**/report.json"))) == 1
+
+
+def test_a_process_that_dies_ends_a_fit_and_leaves_no_file(tmp_path):
+    done = fit(tmp_path / "2", 2, "die")
+    assert done.returncode != 0
+    assert "RuntimeError: expected 2 processes to go on together" in done.stderr
+    assert not list(tmp_path.glob("2/**/nettrim"))
+    assert not list(tmp_path.glob("2/*.pt"))
+
+
+@dataclass(frozen=True)
+class Beside(Ranks):
+    """This process beside a second one, in which everything is as given."""
+
+    count: int = 2
+    other: object = None
+
+    def gather(self, value):
+        return [value, value if self.other is None else self.other]
+
+
+def test_processes_that_end_differently_are_refused():
+    weight = torch.ones(2, 3)
+    Beside().check_same({"fc.weight": weight})
+    with pytest.raises(RuntimeError, match="fc.weight: expected the same values in all 2 processes"):
+        Beside(other=["0"]).check_same({"fc.weight": weight})
+
+
+def test_processes_that_use_a_layer_differently_are_refused():
+    seen = {"0": "ReLU", "2": "linear"}
+    Beside().agree(seen)
+    with pytest.raises(ValueError, match="2: expected it to be used alike .*, got 'linear' .* 0 and 'not met' .* 1"):
+        Beside(other={"0": "ReLU"}).agree(seen)
+    with pytest.raises(ValueError, match="0: expected it to be used alike .*, got 'earlier' .* and 'later'"):
+        Beside(other={"2": "linear", "0": "ReLU"}).agree(seen)
+
+
+def test_distributed_needs_a_group():
+    with pytest.raises(RuntimeError, match="expected a process group, got none: call torch.distributed.init"):
+        trim(ranked.network("mlp"), ranked.batches("mlp", 0, 1), sparsity=0.5, distributed=True)
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
+def test_strategies_that_split_the_network_are_refused_by_name(strategy):
+    trainer = SimpleNamespace(strategy=strategy(), callbacks=[])
+    match = f"expected a single device or DDP.*, got {strategy.__name__}: .*validate.*allow_untested_strategy"
+    with pytest.raises(MisconfigurationException, match=match):
+        NetTrim(sparsity=0.5).setup(trainer, Net(), "fit")
+    NetTrim(sparsity=0.5, allow_untested_strategy=True).setup(trainer, Net(), "fit")
+
+
+def test_ddp_and_a_single_device_are_not_refused():
+    for strategy in (DDPStrategy(), SingleDeviceStrategy()):
+        NetTrim(sparsity=0.5).setup(SimpleNamespace(strategy=strategy, callbacks=[]), Net(), "fit")
