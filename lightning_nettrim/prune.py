@@ -52,7 +52,9 @@ class Pruner(Trained):
         held = self.signals.probe(size, self.settings.num_samples).held
         samples = min(size, self.settings.num_samples)
         settings = replace(self.settings, solver=solver, num_samples=samples)
-        return Pruner(self.model, self.todo, held, settings, self.room)
+        smaller = Pruner(self.model, self.todo, held, settings, self.room)
+        smaller.notes = self.notes  # whatever it has to do with less is told with the rest
+        return smaller
 
     def prune(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -31,14 +32,14 @@ class Shelf:
         if offload not in OFFLOAD:
             raise ValueError(f"offload: expected {', '.join(map(repr, OFFLOAD))}, got {offload!r}")
         self.offload, self.room, self.size = offload, room, 0
-        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._folder: Path | None = None
         self._count = 0
 
     def put(self, tensors: Sequence[Tensor]) -> Kept:
         """Keep some tensors; they are let go with what is returned."""
         size = sum(t.numel() * t.element_size() for t in tensors)
         if self.offload == "disk" or self.size + size > self.room:
-            return Kept([], self._write(tensors))
+            return Kept([], self._write(tensors), self)
         if self.offload == "cpu":
             tensors = [t.cpu() for t in tensors]
         kept = Kept([t.detach() for t in tensors])
@@ -53,9 +54,10 @@ class Shelf:
         from safetensors.torch import save_file
 
         if self._folder is None:
-            self._folder = tempfile.TemporaryDirectory(prefix="nettrim-")
+            self._folder = Path(tempfile.mkdtemp(prefix="nettrim-"))
+            weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
         self._count += 1
-        path = Path(self._folder.name) / f"{self._count}.safetensors"
+        path = self._folder / f"{self._count}.safetensors"
         save_file({str(i): t.detach().cpu().contiguous() for i, t in enumerate(tensors)}, path)
         return path
 
@@ -66,10 +68,11 @@ class Kept:
     Args:
         tensors: themselves, or none if they are in a file.
         path: of that file, which is removed with this object.
+        shelf: whose folder has to be there as long.
     """
 
-    def __init__(self, tensors: list[Tensor], path: Path | None = None) -> None:
-        self._tensors, self._path = tensors, path
+    def __init__(self, tensors: list[Tensor], path: Path | None = None, shelf: Shelf | None = None) -> None:
+        self._tensors, self._path, self._shelf = tensors, path, shelf
         if path is not None:
             weakref.finalize(self, path.unlink, missing_ok=True)
 

@@ -96,7 +96,8 @@ def trimmed(case: str, rank: int = 0, count: int = 1) -> tuple[nn.Module, dict[s
             1 + float((model(answers) - whole(answers)).square().mean()) + 0.3 * (rank - (count - 1) / 2)
         )
     result = trim(model, given, **arguments)
-    totals = {key: value for key, value in result.total().items() if value is not None and key != "seconds"}
+    own = ("seconds", "peak_memory")
+    totals = {key: value for key, value in result.total().items() if value is not None and key not in own}
     errors = {row.name: row.relative_error for row in result.reports}
     return model, totals | errors | {"discrepancy": result.discrepancy}
 

@@ -162,9 +162,7 @@ def test_layers_of_an_earlier_run_are_used_where_they_fit(change, tmp_path, monk
         torch.manual_seed(0)
         model, callback = Net(), NetTrim(**({"sparsity": 0.5, "solver": Magnitude(), "allocate": "uniform"} | options))
         trainer = make_trainer(path, callback, max_epochs=1)
-        trainer.fit(
-            model, DataLoader(samples(96, 7 if change == "weights" and options else 1), batch_size=16), val_data()
-        )
+        trainer.fit(model, DataLoader(samples(96, data), batch_size=16), val_data())
         return model, callback
 
     with monkeypatch.context() as patch:

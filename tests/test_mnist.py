@@ -146,7 +146,10 @@ def test_two_of_four(run, data):
 
 @pytest.fixture(scope="module", params=["lenet5", "resnet", "vit"])
 def recipe(request, data, tmp_path_factory):
-    """A recipe, shortened to three epochs and 2048 samples: its name, its folder, its pruned and its dense network."""
+    """A recipe, shortened to three epochs, 2048 samples and two blocks of the transformer.
+
+    Its name, its folder, its pruned and its dense network.
+    """
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     arguments = {"class_path": "lightning_nettrim.NetTrim", "init_args": {"num_samples": 2048}}
     (folder / "delta.yaml").write_text(json.dumps({"trainer": {"callbacks": [arguments]}}))
@@ -155,6 +158,7 @@ def recipe(request, data, tmp_path_factory):
         patch.chdir(ROOT)
         patch.setattr("sys.argv", ["nettrim"])
         options = ["--trainer.max_epochs=3", f"--trainer.logger.init_args.save_dir={folder}"]
+        options += ["--model.init_args.depth=2"] if name == "vit" else []
         main(["fit", *(part for config in configs for part in ("--config", config)), *options])
     version = folder / f"mnist_{name}" / "version_0"
     kind = {"lenet5": LeNet5, "resnet": ResNet, "vit": ViT}[name]

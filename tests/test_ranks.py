@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from ranked_ddp import Net
+from safetensors.torch import load_file
 
 from lightning_nettrim import Cardinality, NetTrim, path, refit, trim
 from lightning_nettrim.ranks import Ranks
@@ -132,11 +133,13 @@ def test_a_fit_under_ddp_prunes_as_one_on_a_single_device_does(tmp_path):
     assert len(list(tmp_path.glob("2/**/report.json"))) == 1
 
 
-def test_a_process_that_dies_ends_a_fit_and_leaves_no_file(tmp_path):
+def test_a_process_that_dies_ends_a_fit_and_leaves_no_half_written_file(tmp_path):
     done = fit(tmp_path / "2", 2, "die")
     assert done.returncode != 0
     assert "RuntimeError: expected 2 processes to go on together" in done.stderr
-    assert not list(tmp_path.glob("2/**/nettrim"))
+    for file in (file for file in tmp_path.glob("2/**/nettrim/**/*") if file.is_file()):
+        assert file.parent.name == "layers"
+        load_file(file)
     assert not list(tmp_path.glob("2/*.pt"))
 
 
