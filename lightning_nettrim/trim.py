@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -134,6 +135,7 @@ def trim(
             result = replace(result, plan=as_text(todo, chosen))
         else:
             result = _sparsest(rehearsal, metric, float(max_drop or 0), mode, relative, allocate, on_layer, on_trial)
+        ranks.check_same(dict(chain(model.named_parameters(), model.named_buffers())))
     return replace(result, seconds=time.perf_counter() - start)
 
 

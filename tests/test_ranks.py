@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import ranked
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from ranked_ddp import Net
@@ -130,6 +131,9 @@ def test_a_fit_under_ddp_prunes_as_one_on_a_single_device_does(tmp_path):
     assert all(torch.equal(saved[name], value) for name, value in first.items())
     Net().load_state_dict(saved)
     assert len(list(tmp_path.glob("2/**/report.json"))) == 1
+    plans = [yaml.safe_load(path.read_text()) for path in tmp_path.glob("*/planned/**/plan.yaml")]
+    assert len(plans) == 2
+    assert plans[0] == plans[1]
 
 
 def test_a_process_that_dies_ends_a_fit_and_leaves_no_file(tmp_path):
