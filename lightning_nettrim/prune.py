@@ -217,11 +217,12 @@ class Pruner:
     def _expect_calls(self, name: str, tape: Tape | None) -> None:
         """Raise ValueError unless a layer saw as many rows as in the trained network."""
         rows, trained = 0 if tape is None else tape.rows, self.trained[name].shape[1]
-        if self.settings.ranks.any(rows != trained):
-            raise ValueError(
-                f"{name}: expected to be called as in the trained network, on {trained} rows, got {rows}: the network"
-                " decides by its signals whether to call it; ignore it"
-            )
+        with self.settings.ranks.together():
+            if rows != trained:
+                raise ValueError(
+                    f"{name}: expected to be called as in the trained network, on {trained} rows, got {rows}: the"
+                    " network decides by its signals whether to call it; ignore it"
+                )
 
     def _plain(self, name: str) -> bool:
         """Whether a layer is a matrix and a ReLU at most, for which errors are known to add up."""

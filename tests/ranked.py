@@ -132,6 +132,7 @@ def main(folder: Path, rank: int, count: int, part: str) -> None:
     failures = {
         "nan": lambda: trim(model, [wrong[0] / (1 - rank), *wrong[1:]], sparsity=0.5, distributed=True),
         "empty": lambda: trim(model, wrong[: 10 * (1 - rank)], sparsity=0.5, distributed=True),
+        "wrapped": lambda: trim(nn.parallel.DistributedDataParallel(model), wrong, sparsity=0.5, distributed=True),
         "differ": lambda: trim(Choosing(rank), wrong, sparsity=0.5, distributed=True),
         "weights": lambda: trim(network("mlp") if rank else model, wrong, sparsity=0.5, distributed=True),
     }
