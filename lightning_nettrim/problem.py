@@ -352,6 +352,7 @@ class LayerProblem:
         return self
 
     def _validate(self) -> None:
+        """Raise ValueError for what is unusable in this process."""
         batch, (P, N), M = self.batch, self.X.shape[-2:], self.Y.shape[-1]
         expected: dict[str, tuple[tuple[int, ...], ...]] = {
             "X": ((*batch, P, N),),

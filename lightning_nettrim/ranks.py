@@ -139,12 +139,15 @@ class Group(Ranks):
 
         Raises:
             RuntimeError: if there is no such group.
+            ValueError: for a model that talks to the other processes itself.
         """
         if not (distributed.is_available() and distributed.is_initialized()):
             raise RuntimeError(
                 "distributed: expected a process group, got none: call torch.distributed.init_process_group first, or"
                 " set distributed=False"
             )
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError("distributed: expected the network itself, got DistributedDataParallel: pass model.module")
         count = distributed.get_world_size()
         return cls(count, distributed.get_rank(), next(model.parameters()).device) if count > 1 else ALONE
 

@@ -54,11 +54,12 @@ class Responses:
 
     def expect_calls(self, name: str, rows: int, ranks: Ranks) -> None:
         """Raise ValueError unless a layer saw as many rows as in the trained network, in every process."""
-        if ranks.any(rows != self.rows[name]):
-            raise ValueError(
-                f"{name}: expected to be called as in the trained network, on {self.rows[name]} rows, got {rows}: the"
-                " network decides by its signals whether to call it; ignore it"
-            )
+        with ranks.together():
+            if rows != self.rows[name]:
+                raise ValueError(
+                    f"{name}: expected to be called as in the trained network, on {self.rows[name]} rows, got {rows}:"
+                    " the network decides by its signals whether to call it; ignore it"
+                )
 
     def __getitem__(self, name: str) -> Tensor:
         """``(groups, P, M)``."""

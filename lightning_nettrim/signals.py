@@ -100,10 +100,11 @@ class Signals:
         return factors
 
     def _finite(self, name: str, recorded: Tensor | None) -> Tensor:
-        """The recording itself, if every number in it is finite, in every process."""
+        """The recording itself, if every number in it is finite; an error in one process is one in all."""
         assert recorded is not None
-        if not self.ranks.all(bool(recorded.isfinite().all())):
-            raise ValueError(
-                f"{name}: expected finite activations, got NaN or Inf: look at the batches and at the weights"
-            )
+        with self.ranks.together():
+            if not bool(recorded.isfinite().all()):
+                raise ValueError(
+                    f"{name}: expected finite activations, got NaN or Inf: look at the batches and at the weights"
+                )
         return recorded

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -165,6 +166,7 @@ def trim(
             result = _sparsest(
                 rehearsal, metric, float(max_drop or 0), mode, relative, allocate, on_layer, on_trial, on_progress
             )
+        ranks.check_same(dict(chain(model.named_parameters(), model.named_buffers())))
     meter.lap()
     if journal is not None and journal.used:
         result = replace(result, notes=(*result.notes, f"{journal.used} results are those of a run that was cut short"))

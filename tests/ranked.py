@@ -105,7 +105,7 @@ def trimmed(case: str, rank: int = 0, count: int = 1) -> tuple[nn.Module, dict[s
 def linear_problem(rank: int = 0, count: int = 1) -> LayerProblem:
     """A linear layer with offset on this process's rows, fewer than its inputs in each of two processes."""
     generator = torch.Generator().manual_seed(2)
-    X, R = (torch.randn(30, n, generator=generator, dtype=torch.float64)[rank::count] for n in (20, 6))
+    X, R = (torch.randn(31, n, generator=generator, dtype=torch.float64)[rank::count] for n in (20, 6))
     W = torch.randn(20, 6, generator=generator, dtype=torch.float64)
     return LayerProblem(X, X @ W + R, W, epsilon=torch.tensor(2.0, dtype=torch.float64), sparsity=0.5, offset=R)
 
@@ -133,6 +133,7 @@ def main(folder: Path, rank: int, count: int, part: str) -> None:
     failures = {
         "nan": lambda: trim(model, [wrong[0] / (1 - rank), *wrong[1:]], sparsity=0.5, distributed=True),
         "empty": lambda: trim(model, wrong[: 10 * (1 - rank)], sparsity=0.5, distributed=True),
+        "wrapped": lambda: trim(nn.parallel.DistributedDataParallel(model), wrong, sparsity=0.5, distributed=True),
         "differ": lambda: trim(Choosing(rank), wrong, sparsity=0.5, distributed=True),
         "weights": lambda: trim(network("mlp") if rank else model, wrong, sparsity=0.5, distributed=True),
     }

@@ -49,6 +49,9 @@ class Net(pl.LightningModule):
     def validation_step(self, batch, batch_idx):
         self.log("val_loss", self(batch[0]).square().mean())
 
+    def train_dataloader(self):
+        return loader()
+
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
@@ -60,6 +63,15 @@ def loader() -> DataLoader:
     return DataLoader(data, batch_size=32)
 
 
+def trainer(folder: Path, devices: int, name: str, callback: NetTrim) -> pl.Trainer:
+    """A trainer with one callback and a run of its own."""
+    return pl.Trainer(
+        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", precision="64-true",
+        max_epochs=1, callbacks=[callback], logger=CSVLogger(folder, name=name), enable_progress_bar=False,
+        enable_checkpointing=False, default_root_dir=folder,
+    )  # fmt: skip
+
+
 def main(folder: Path, devices: int, part: str) -> None:
     """Fit and prune; each process leaves its own network in the folder."""
     arguments = {
@@ -67,15 +79,12 @@ def main(folder: Path, devices: int, part: str) -> None:
         "die": {"sparsity": 0.5, "allocate": "uniform", "solver": Dying()},
     }[part]
     callback = NetTrim(**arguments, num_samples=SAMPLES)
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", precision="64-true",
-        max_epochs=1, callbacks=[callback], logger=CSVLogger(folder, name="run"), enable_progress_bar=False,
-        enable_checkpointing=False, default_root_dir=folder,
-    )  # fmt: skip
     model = Net()
-    trainer.fit(model, loader(), loader())
-    assert callback.result is not None
-    torch.save((model.state_dict(), callback.metrics), folder / f"{trainer.global_rank}.pt")
+    run = trainer(folder, devices, "run", callback)
+    run.fit(model, loader(), loader())
+    torch.save((model.state_dict(), callback.metrics), folder / f"{run.global_rank}.pt")
+    planned = NetTrim(sparsity=0.6, dry_run=True, num_samples=SAMPLES)
+    trainer(folder, devices, "planned", planned).validate(Net(), loader())
 
 
 if __name__ == "__main__":

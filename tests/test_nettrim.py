@@ -164,7 +164,7 @@ def test_fit_prunes_and_writes_checkpoint_and_report(tmp_path):
     assert all(after[name].shape == watch.trained[name].shape for name in after)
 
     report = json.loads((tmp_path / "nettrim/report.json").read_text())
-    assert set(report) == {"layers", "skipped", "total", "trials", "metrics", "arguments", "versions"}
+    assert set(report) == {"layers", "skipped", "total", "trials", "notes", "metrics", "arguments", "versions"}
     assert report["total"]["sparsity"] == result.sparsity
     assert report["arguments"]["epsilon"] == 0.1
     assert report["arguments"]["solver"]["class_path"].endswith("ADMM")

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import ranked
 import torch
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from ranked_ddp import Net
@@ -83,8 +84,9 @@ def test_two_processes_solve_one_problem(found):
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [
-        ("nan", "ValueError: 0: expected finite", "ValueError: 0: expected finite"),
+        ("nan", "RuntimeError: process 1 of 2 has failed.*ValueError: 0: expected finite", "ValueError: 0: expected"),
         ("empty", "RuntimeError: process 1 of 2 has failed, .*: ValueError: expected batches", "ValueError: expected"),
+        ("wrapped", "ValueError: distributed: .* pass model.module", "ValueError: distributed: expected"),
         ("differ", "ValueError: first: .* 'ReLU' in process 0 and 'linear'", "ValueError: first: expected"),
         ("weights", "RuntimeError: 2.weight: expected the same", "RuntimeError: 2.weight: expected the same"),
     ],
@@ -131,6 +133,9 @@ def test_a_fit_under_ddp_prunes_as_one_on_a_single_device_does(tmp_path):
     assert all(torch.equal(saved[name], value) for name, value in first.items())
     Net().load_state_dict(saved)
     assert len(list(tmp_path.glob("2/**/report.json"))) == 1
+    plans = [yaml.safe_load(path.read_text()) for path in tmp_path.glob("*/planned/**/plan.yaml")]
+    assert len(plans) == 2
+    assert plans[0] == plans[1]
 
 
 def test_a_process_that_dies_ends_a_fit_and_leaves_no_half_written_file(tmp_path):
