@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_nettrim.rectifier import Rectifier
 
@@ -92,7 +93,7 @@ _LARGEST = {"max_pool1d", "max_pool2d_with_indices", "max_pool3d_with_indices", 
 
 
 class Tracer(TorchDispatchMode):
-    """Follows tensors by identity through the operations of a forward pass.
+    """Follows tensors by identity through the operations of a forward pass, and keeps none of them alive.
 
     Args:
         model: whose BatchNorms are to be known by name.
@@ -107,7 +108,7 @@ class Tracer(TorchDispatchMode):
             if isinstance(module, BATCH_NORMS) and module.running_mean is not None
         }
         self._summed = summed
-        self._followed: dict[int, tuple[Tensor, list[tuple[Point, bool]]]] = {}
+        self._followed = WeakTensorKeyDictionary()  # the points that a tensor is at
 
     def follow(self, tensor: Tensor, name: str, call: Any = None, channels: bool = True) -> Point:
         """From now on, note what reads this output of a layer.
@@ -120,7 +121,7 @@ class Tracer(TorchDispatchMode):
 
     def forget(self) -> None:
         """Follow nothing any more."""
-        self._followed = {}
+        self._followed.clear()
 
     def met(self, tensor: Tensor, use: str) -> None:
         """Note a use of a tensor, if it is followed."""
@@ -131,7 +132,7 @@ class Tracer(TorchDispatchMode):
         """Run the operation and note it for the followed tensors that it reads."""
         kwargs = kwargs or {}
         read = {id(leaf): leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)}
-        followed = [(leaf, self._points(leaf)) for leaf in read.values() if id(leaf) in self._followed]
+        followed = [(leaf, points) for leaf in read.values() if (points := self._points(leaf))]
         name = func._schema.name.removeprefix("aten::")
         if not followed:
             return func(*args, **kwargs)
@@ -185,21 +186,19 @@ class Tracer(TorchDispatchMode):
         return isinstance(one, Tensor) and isinstance(other, Tensor) and one.shape == other.shape and one is not other
 
     def _points(self, tensor: Tensor) -> list[tuple[Point, bool]]:
-        return self._followed[id(tensor)][1] if id(tensor) in self._followed else []
+        return self._followed.get(tensor, [])
 
     def _add(self, tensor: Tensor, point: Point, in_place: bool) -> None:
         points = self._points(tensor)
         if all(known is not point for known, _ in points):
-            self._followed[id(tensor)] = (tensor, [*points, (point, in_place)])
+            self._followed[tensor] = [*points, (point, in_place)]
 
     def _forget_storage(self, tensor: Tensor) -> None:
         """After an operation in place the memory holds other values, under whatever view."""
         place = tensor.untyped_storage().data_ptr()
-        self._followed = {
-            key: (other, points)
-            for key, (other, points) in self._followed.items()
-            if other.untyped_storage().data_ptr() != place
-        }
+        for other in [*self._followed]:
+            if other.untyped_storage().data_ptr() == place:
+                del self._followed[other]
 
 
 def _rectifier(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rectifier | None:
