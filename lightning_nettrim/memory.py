@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -105,7 +105,15 @@ def to_record(layer: Layer, rows: int, inputs: bool = True) -> int:
 def to_solve(layer: Layer, rows: int) -> int:
     """Bytes that a solve takes, about: of the inputs, of the responses, of the Gram matrix and of the weights."""
     N, M = layer.inputs + 1, layer.outputs
-    return 4 * layer.groups * (3 * rows * N + 10 * rows * M + 12 * N * N + 10 * N * M)
+    return 4 * layer.groups * (3 * rows * N + 10 * rows * M + 12 * N * min(N, rows) + 10 * N * M)
+
+
+def beside(layers: Iterable[Layer], rows: int, room: float) -> float:
+    """Bytes that are held all the time: three copies of the weights, and responses that wait in a room in memory."""
+    known = list(layers)
+    weights = sum(layer.parameter.numel() * layer.parameter.element_size() for layer in known)
+    responses = sum(4 * rows * layer.groups * layer.outputs for layer in known)
+    return 3 * weights + min(responses, room)
 
 
 def rows_within(layer: Layer, rows: int, room: float) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 
 from lightning_nettrim.journal import Journal
 from lightning_nettrim.layers import prunable, refuse_unusable
-from lightning_nettrim.memory import FRACTION, GIB, Meter, free
+from lightning_nettrim.memory import FRACTION, GIB, Meter, beside, free
 from lightning_nettrim.plan import Options, as_text, check_arguments, choose, read
 from lightning_nettrim.prune import Pruner
 from lightning_nettrim.ranks import ALONE, Group
@@ -154,7 +154,8 @@ def trim(
         scheme, solver, num_samples, seed, penalize_bias, importance, recalibrate_batchnorm, on_failure, ranks
     )  # fmt: skip
     journal = None if folder is None else Journal(Path(folder), [Path(other) for other in resume_from])
-    room = min(ranks.gather(limit - meter.lap()))
+    held_too = beside(todo.layers.values(), num_samples, shelf.room - shelf.size if on_device else 0.0)
+    room = min(ranks.gather(limit - meter.lap() - held_too))
     pruner = Pruner(model, todo, held, settings, room, shelf, journal, meter)
     rehearsal = Rehearsal(pruner, on_progress)
     with pruner.saved():

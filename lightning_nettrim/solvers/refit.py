@@ -14,6 +14,13 @@ from lightning_nettrim.rectifier import Rectifier
 from lightning_nettrim.solvers.base import coarse_products
 from lightning_nettrim.sums import norm
 
+HOLD = 1e-4
+"""How strongly every weight is held to the trained one, relative to the mean energy of the inputs.
+
+An input that the samples hardly show would get whatever weight fits them, and answer to others with it: through a deep
+network that explodes.
+"""
+
 DAMPING = 1e-7
 """Ridge of the normal equations relative to the mean diagonal of XᵀX; above 1e-6 it costs accuracy."""
 
@@ -43,7 +50,8 @@ def refit(
     X = problem.X
     support = ((W != 0) | (problem.weights == 0)).to(W)
     energy = problem.ranks.sum(X.square().sum(-2)).unsqueeze(-1)  # (*batch, N, 1), the diagonal of XᵀX
-    pull = problem.anchor * energy * support
+    held = HOLD * energy.mean(-2, keepdim=True) * (problem.weights > 0)
+    pull = (problem.anchor * energy + held) * support
     ridge = DAMPING * energy.mean(-2, keepdim=True) + pull
     scale = support / (energy + ridge).clamp(min=torch.finfo(W.dtype).tiny)
     linear = problem.Omega is None and X.shape[-1] <= problem.samples()
@@ -74,8 +82,6 @@ def refit(
 def _merit(problem: LayerProblem, W: Tensor, XW: Tensor, pull: Tensor) -> Tensor:
     """``(*batch, 1, 1)``: the distance and the pull of the anchor in one."""
     far = problem.ranks.norm(_far(problem, XW))
-    if not problem.anchor:
-        return far
     return torch.hypot(far, torch.linalg.matrix_norm(pull.sqrt() * (problem.W - W), keepdim=True))
 
 
