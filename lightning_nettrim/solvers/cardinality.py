@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_nettrim.problem import LayerProblem
 from lightning_nettrim.prox import project_pattern, project_responses
 from lightning_nettrim.solvers.base import Solution, Solver, Status, coarse_products
-from lightning_nettrim.solvers.refit import HOLD, distance, refit
+from lightning_nettrim.solvers.refit import distance, held, refit
 
 SETTLED = 3.0
 """ρ, relative to the mean eigenvalue of H, at which a support is at rest even for uncorrelated inputs."""
@@ -33,7 +33,7 @@ class Spectrum(NamedTuple):
     vectors: Tensor  # (B, n, r) Q
     across: Tensor  # (B, F, n) H_ff⁺ H_fp, the free rows' regression on the penalised ones
     inner: Tensor  # (B, F, F) H_ff⁺
-    held: Tensor  # (B, n, 1) how strongly a scaled weight is held to the trained one, in Λ
+    hold: Tensor  # (B, n, 1) how strongly a scaled weight is held to the trained one, in Λ
 
     @property
     def mean(self) -> Tensor:
@@ -117,13 +117,13 @@ class Cardinality(Solver):
         penalised = (problem.weights > 0).squeeze(-1)
         heavy, free = penalised.nonzero().squeeze(-1), (~penalised).nonzero().squeeze(-1)  # once: a mask would wait
         kept = problem.kept  # once: it is counted
-        scale, _, _, across, inner, held = spectrum
+        scale, _, _, across, inner, hold = spectrum
         unscale = torch.where(scale > 0, 1 / scale, 0)
         rows = _parts(problem, self.parts)
         images = [_image(problem, part, problem.W) for part in rows]
         total = torch.stack(images).sum(0)  # XᵀT
         W = scale * problem.W[:, heavy]
-        trained = (problem.anchor + held) * W
+        trained = (problem.anchor + hold) * W
         S = torch.where(problem.choose(W.square(), kept), W, 0)
         U, rest = torch.zeros_like(W), S
         rho, growth = self.first * spectrum.mean, self._growth()
@@ -195,16 +195,16 @@ def spectrum_of(problem: LayerProblem) -> Spectrum:
     inner = torch.linalg.pinv(rows[..., ~penalised], hermitian=True)
     across = inner @ rows[..., penalised]
     H = H[:, penalised][..., penalised]
-    energy = H.diagonal(dim1=-2, dim2=-1)
-    held = HOLD * energy.mean(-1, keepdim=True)
-    scale = (energy + held).sqrt().unsqueeze(-1)
+    energy = H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
+    hold = held(energy)
+    scale = (energy + hold).sqrt()
     unscale = torch.where(scale > 0, 1 / scale, 0)
-    H = H + torch.diag_embed(held.expand_as(energy))
+    H = H + torch.diag_embed(hold.squeeze(-1))
     H = unscale * (H - rows[..., penalised].mT @ across) * unscale.mT
     values, vectors = torch.linalg.eigh(H.to(problem.W))
     return Spectrum(
         scale.to(vectors), values.clamp(min=0).unsqueeze(-2), vectors, across.to(vectors), inner.to(vectors),
-        (held.unsqueeze(-1) * unscale.square()).to(vectors),
+        (hold * unscale.square()).to(vectors),
     )  # fmt: skip
 
 
@@ -214,8 +214,8 @@ def _spectrum_of_samples(problem: LayerProblem, penalised: Tensor) -> Spectrum:
     A, free = X[..., penalised], X[..., ~penalised]
     inner = torch.linalg.pinv((free.mT @ free).double(), hermitian=True)
     across = (inner @ (free.mT @ A).double()).to(A)
-    energy = A.square().sum(-2)
-    scale = (energy + HOLD * energy.mean(-1, keepdim=True)).sqrt().unsqueeze(-1)
+    energy = A.square().sum(-2).unsqueeze(-1)
+    scale = (energy + held(energy)).sqrt()
     A = (A - free @ across) * torch.where(scale > 0, 1 / scale, 0).mT
     values, U = torch.linalg.eigh((A @ A.mT).double())
     root = torch.where(values > 1e-6 * values.amax(-1, keepdim=True), values, 0).sqrt().to(A)

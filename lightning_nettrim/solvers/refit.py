@@ -14,8 +14,9 @@ from lightning_nettrim.rectifier import Rectifier
 from lightning_nettrim.solvers.base import coarse_products
 from lightning_nettrim.sums import norm
 
-HOLD = 1e-4
-"""How strongly every weight is held to the trained one, relative to the mean energy of the inputs.
+HOLD, RARE = 1e-3, 1e-2
+"""How strongly the weights of an input without energy are held to the trained ones, relative to the mean energy of all
+inputs, and the energy by the same measure below which one is held.
 
 An input that the samples hardly show would get whatever weight fits them, and answer to others with it: through a deep
 network that explodes.
@@ -50,8 +51,7 @@ def refit(
     X = problem.X
     support = ((W != 0) | (problem.weights == 0)).to(W)
     energy = problem.ranks.sum(X.square().sum(-2)).unsqueeze(-1)  # (*batch, N, 1), the diagonal of XᵀX
-    held = HOLD * energy.mean(-2, keepdim=True) * (problem.weights > 0)
-    pull = (problem.anchor * energy + held) * support
+    pull = (problem.anchor * energy + held(energy) * (problem.weights > 0)) * support
     ridge = DAMPING * energy.mean(-2, keepdim=True) + pull
     scale = support / (energy + ridge).clamp(min=torch.finfo(W.dtype).tiny)
     linear = problem.Omega is None and X.shape[-1] <= problem.samples()
@@ -77,6 +77,12 @@ def refit(
         if bool((far >= (1 - rtol) * before).all()):
             break
     return W
+
+
+def held(energy: Tensor) -> Tensor:
+    """``(*batch, N, 1)``: how strongly weights are held to the trained ones, by the energies of their inputs."""
+    mean = energy.mean(-2, keepdim=True)
+    return torch.where(mean > 0, HOLD * mean / (1 + (energy / (RARE * mean)).square()), 0)
 
 
 def _merit(problem: LayerProblem, W: Tensor, XW: Tensor, pull: Tensor) -> Tensor:
