@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from itertools import combinations
 
@@ -77,11 +78,11 @@ def test_a_batch_is_its_members_one_by_one(solver, pattern, dtype):
     stacked = {name: torch.stack([getattr(m, name) for m in members]) for name in ("X", "Y", "W", "Omega")}
     together = solve(LayerProblem(**stacked, **shared), solver)
     for i, member in enumerate(members):
-        alone = solve(
-            LayerProblem(*(getattr(member, n) for n in ("X", "Y", "W")), Omega=member.Omega, **shared), solver
-        )
+        problem = LayerProblem(*(getattr(member, n) for n in ("X", "Y", "W")), Omega=member.Omega, **shared)
+        alone = solve(problem, solver)
         assert torch.equal(together.W[i] != 0, alone.W != 0)
-        torch.testing.assert_close(together.W[i], alone.W, rtol=0, atol=1e-6)  # a product's rounding sees the batch
+        answers = (refit(problem, W) for W in (together.W[i], alone.W))  # a product's rounding sees the batch
+        torch.testing.assert_close(*answers, rtol=0, atol=1e-6)
         assert together.status[i] == alone.status
 
 
@@ -187,6 +188,25 @@ def test_a_layer_of_few_weights_takes_more_steps(monkeypatch):
     few = solve(problem, Cardinality())
     assert (int(many.steps), int(few.steps)) == (720, 120)
     assert distance(problem, refit(problem, many.W)) < distance(problem, refit(problem, few.W))
+
+
+@pytest.mark.parametrize("P", [200, 30])
+@pytest.mark.parametrize("sparsity", [None, 0.02])
+def test_weights_of_an_input_that_the_samples_hardly_show_stay_as_trained(P, sparsity, monkeypatch):
+    problem = replace(layer(P, 40, 24, cascade=True), epsilon=None, sparsity=sparsity)
+    X, noise = problem.X.clone(), torch.randn(P, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    X[:, 0] *= 1e-4
+    W = torch.where(problem.W == 0, 0.1, problem.W)
+    Y = (X @ W + 0.3 * noise).relu()
+    problem = replace(problem, X=X, Y=Y, W=W, Omega=Y > 0, V=None)
+
+    def moved():
+        found = refit(problem, problem.W if sparsity is None else solve(problem, Cardinality()).W)
+        return float((found[0] - W[0])[found[0] != 0].abs().max())
+
+    assert moved() < 0.01
+    monkeypatch.setattr(sys.modules["lightning_nettrim.solvers.refit"], "HOLD", 0.0)
+    assert moved() > 1
 
 
 def test_nan_is_a_status_and_the_trained_weights():
