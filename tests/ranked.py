@@ -14,7 +14,7 @@ from torch import distributed, nn
 from lightning_nettrim import ADMM, Cardinality, LayerProblem, Solution, SparseGPT, Wanda, path, refit, trim
 from lightning_nettrim.ranks import Group
 
-SAMPLES = 512  # many, so that rounding decides nothing
+SAMPLES = 1024
 
 
 @dataclass(frozen=True)
