@@ -298,12 +298,13 @@ class NetTrim(Callback):
 
     def _prune(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Solve and swap on calibration batches, one line per layer, histograms before and after."""
-
-        def tell(row: LayerReport | Trial) -> None:
-            trainer.print(f"NetTrim: {row.line()}")
-
         before = {name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()}
         with progress(trainer) as bar:
+
+            def tell(row: LayerReport | Trial) -> None:
+                bar.clear()
+                trainer.print(f"NetTrim: {row.line()}")
+
             self.result = trim(
                 pl_module,
                 self._batches(trainer, pl_module),

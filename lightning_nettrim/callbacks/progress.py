@@ -30,6 +30,11 @@ class Progress:
             self._doing, self._bar = doing, tqdm(desc=f"NetTrim, {doing}", total=1.0, bar_format=line, leave=False)
         self._bar.update(fraction - self._bar.n)
 
+    def clear(self) -> None:
+        """Make room for a line; the next move draws the bar again."""
+        if self._bar is not None:
+            self._bar.clear()
+
     def close(self) -> None:
         """Take the bar away."""
         if self._bar is not None:
