@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -11,35 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from lightning_nettrim.digest import digest
+
 log = logging.getLogger(__name__)
-
-
-def digest(*parts: Any) -> str:
-    """A fingerprint of numbers, strings, tensors and nested containers of them: equal contents, equal fingerprint."""
-    state = hashlib.sha256()
-    for part in parts:
-        _feed(state, part)
-    return state.hexdigest()
-
-
-def _feed(state: Any, part: Any) -> None:
-    if isinstance(part, Tensor):
-        part = part.detach().cpu().contiguous()
-        state.update(f"{part.dtype}{tuple(part.shape)}".encode())
-        state.update(part.reshape(-1).view(torch.uint8).numpy())
-    elif isinstance(part, Mapping):
-        for key, value in sorted(part.items()):
-            state.update(f"{key}:".encode())
-            _feed(state, value)
-    elif isinstance(part, list | tuple):
-        state.update(f"[{len(part)}]".encode())
-        for value in part:
-            _feed(state, value)
-    else:
-        state.update(f"{type(part).__name__}{part!r};".encode())
 
 
 class Journal:
@@ -119,12 +94,16 @@ def _write(path: Path, cause: str, tensors: Mapping[str, Tensor], facts: Any) ->
 
     plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     text = json.dumps(facts)
-    header = {"cause": cause, "facts": text, "contents": digest(plain, text)}
+    write_whole(path, save(plain, {"cause": cause, "facts": text, "contents": digest(plain, text)}))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is either whole or not there."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
     try:
         with partial.open("wb") as file:
-            file.write(save(plain, header))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -55,11 +55,6 @@ class Meter:
         self._base = self._now()
         self._reset()
 
-    @property
-    def extra(self) -> int:
-        """Bytes in use now above those at the beginning."""
-        return max(self._now() - self._base, 0)
-
     def lap(self) -> int:
         """Bytes above those at the beginning, at most since the last lap."""
         if self._device.type == "cuda":

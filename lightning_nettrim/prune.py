@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_nettrim import mask, norms
 from lightning_nettrim.capture import Tape, evaluating
-from lightning_nettrim.journal import digest
+from lightning_nettrim.digest import digest
 from lightning_nettrim.layers import Layer
 from lightning_nettrim.memory import GIB, with_less
 from lightning_nettrim.method import Method
@@ -52,7 +52,7 @@ class Pruner(Trained):
         held = self.signals.probe(size, self.settings.num_samples).held
         samples = min(size, self.settings.num_samples)
         settings = replace(self.settings, solver=solver, num_samples=samples)
-        smaller = Pruner(self.model, self.todo, held, settings, self.room)
+        smaller = Pruner(self.model, self.todo, held, settings, self.room, self.shelf)
         smaller.notes = self.notes  # whatever it has to do with less is told with the rest
         return smaller
 
@@ -245,7 +245,7 @@ def failure(problem: LayerProblem, solution: Solution, W: Tensor) -> str:
     if status in (Status.NONFINITE, Status.INFEASIBLE) or not bool(W.isfinite().all()):
         return f"the solve ended {status.name}"
     if status == Status.MAX_STEPS and bool(solution.epsilon.isfinite().all()):
-        far, radius = length(problem.response(W) - problem.Y, problem.ranks), length(solution.epsilon)
+        far, radius = length(problem.distance(W)), length(solution.epsilon)
         if far > 1.01 * radius:
             return f"the solve did not converge: it answers {far / radius:.2f} times its radius away"
     return ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+
+from lightning_nettrim.digest import digest
 
 T = TypeVar("T")
 
@@ -102,7 +103,7 @@ class Ranks:
             RuntimeError: naming the first that differ.
         """
         if self.count > 1:
-            digests = self.gather([_digest(value) for value in values.values()])
+            digests = self.gather([digest(value) for value in values.values()])
             for name, *theirs in zip(values, *digests, strict=True):
                 if len(set(theirs)) > 1:
                     raise RuntimeError(
@@ -206,8 +207,3 @@ def _exchange(count: int) -> Iterator[None]:
             " ended or hangs; its own output, or the system's log if it was killed, says why: start all of them again"
             f" ({error})"
         ) from error
-
-
-def _digest(tensor: Tensor) -> str:
-    """SHA-256 of a tensor's bytes."""
-    return hashlib.sha256(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data).hexdigest()

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_nettrim import allocate, mask
 from lightning_nettrim.allocate import Bounds, Curve
 from lightning_nettrim.capture import evaluating
-from lightning_nettrim.journal import digest
+from lightning_nettrim.digest import digest
 from lightning_nettrim.memory import with_less
 from lightning_nettrim.outcome import relative_error
 from lightning_nettrim.plan import Budget

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
@@ -29,10 +27,9 @@ class Responses:
         self.rows: dict[str, int] = {}
         self.sizes: dict[str, float] = {}
 
-    def record(self, signals: Signals, names: Iterable[str] | None = None) -> None:
-        """Take these layers' responses, or all, by the weights that the model has now."""
-        layers = signals.todo.layers if names is None else {name: signals.todo.layers[name] for name in names}
-        for group in passes(layers, signals.rows, self._room):
+    def record(self, signals: Signals) -> None:
+        """Take the responses of all layers by the weights that the model has now."""
+        for group in passes(signals.todo.layers, signals.rows, self._room):
             for name, Y in signals.answers(*group).items():
                 self._kept.pop(name, None)
                 self._kept[name], self._device = self._shelf.put([Y]), Y.device

@@ -51,10 +51,12 @@ class Signals:
 
     def tapes(self, *names: str, inputs: bool = True, outputs: bool = True) -> dict[str, Tape]:
         """What some layers see and answer, in one recording."""
-        return record(
-            self.model, {name: self.todo.layers[name] for name in names}, self.held, flows=self.todo.flows,
-            inputs=inputs, outputs=outputs, num_samples=self.rows, seed=self.seed, stop=True,
-        )  # fmt: skip
+        layers = {name: self.todo.layers[name] for name in names}
+        with self.ranks.together():
+            return record(
+                self.model, layers, self.held, flows=self.todo.flows, inputs=inputs, outputs=outputs,
+                num_samples=self.rows, seed=self.seed, stop=True,
+            )  # fmt: skip
 
     def inputs(self, name: str, tape: Tape) -> Tensor:
         """``(groups, P, N)`` or, with a column of ones, ``(groups, P, N + 1)``: what a layer saw.

@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_nettrim import mask
 from lightning_nettrim.capture import evaluating
+from lightning_nettrim.digest import digest
 from lightning_nettrim.fold import Fold
-from lightning_nettrim.journal import Journal, digest
+from lightning_nettrim.journal import Journal
 from lightning_nettrim.layers import joined
 from lightning_nettrim.memory import LEAST_ROWS, Meter, rows_within, with_less
 from lightning_nettrim.method import Method
@@ -98,7 +99,8 @@ class Trained:
         self.dense = mask.copies(model, sorted(written | own))
         self.last = next(reversed(todo.layers))
         self.doing = "choosing budgets"
-        self.trained, self.method = Responses(shelf or Shelf("device"), room), Method(settings.solver, penalize_bias)
+        self.shelf, self.method = shelf or Shelf("device"), Method(settings.solver, penalize_bias)
+        self.trained = Responses(self.shelf, room)
         with evaluating(model):
             if settings.importance == "outgoing":
                 reading = with_less(lambda: self.signals.importance(self.weights()), self.narrower, self.tries)

@@ -19,10 +19,12 @@ SAMPLES = 1024
 
 @dataclass(frozen=True)
 class Dying(Cardinality):
-    """Ends process 1 on the spot, in the middle of the second layer."""
+    """Ends process 1 on the spot, in the middle of the layer with so many outputs."""
+
+    outputs: int = 0
 
     def solve(self, problem: LayerProblem, warm=None) -> Solution:
-        if problem.Y.shape[-1] == 16 and distributed.get_rank() == 1:
+        if problem.Y.shape[-1] == self.outputs and distributed.get_rank() == 1:
             os._exit(7)
         return super().solve(problem, warm)
 
@@ -38,6 +40,7 @@ CASES = {
         {"sparsity": 0.5, "pattern": "per_neuron", "allocate": "uniform", "solver": Wanda(), "refit": False},
     ),
     "mlp sparsegpt": ("mlp", {"sparsity": 0.5, "allocate": "uniform", "solver": SparseGPT(), "refit": False}),
+    "mlp max_drop": ("mlp", {"max_drop": 0.05, "mode": "min", "allocate": "uniform"}),
     "conv sparsity": ("conv", {"sparsity": 0.5, "allocate": "uniform"}),
     "conv epsilon": ("conv", {"epsilon": 0.2, "solver": ADMM(rtol=1e-2, atol=1e-2)}),
 }
@@ -54,6 +57,22 @@ class Choosing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The response."""
         return self.second(self.first(x).relu() if self.rank == 0 else self.first(x).tanh())
+
+
+class Failing(nn.Module):
+    """Raises in process 1 from its tenth call on, when layers are recorded."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.rank, self.calls = nn.Linear(24, 8).double(), nn.Linear(8, 4).double(), rank, 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """The response."""
+        self.calls += 1
+        if self.rank == 1 and self.calls > 9:
+            raise RuntimeError("broken")
+        return self.second(self.first(x).relu())
 
 
 def network(kind: str) -> nn.Module:
@@ -93,7 +112,7 @@ def trimmed(case: str, rank: int = 0, count: int = 1) -> tuple[nn.Module, dict[s
     if "max_drop" in arguments:  # each process has a metric of its own
         whole, answers = network(kind), torch.cat(batches(kind, 0, 1))
         arguments["metric"] = lambda: (
-            1 + float((model(answers) - whole(answers)).square().mean()) + 0.3 * (rank - (count - 1) / 2)
+            1 + float((model(answers) - whole(answers)).detach().square().mean()) + 0.3 * (rank - (count - 1) / 2)
         )
     result = trim(model, given, **arguments)
     own = ("seconds", "peak_memory")
@@ -116,7 +135,7 @@ def main(folder: Path, rank: int, count: int, part: str) -> None:
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count, timeout=timedelta(seconds=60)
     )
     if part == "die":
-        trim(network("mlp"), batches("mlp", rank, count), sparsity=0.5, allocate="uniform", solver=Dying(),
+        trim(network("mlp"), batches("mlp", rank, count), sparsity=0.5, allocate="uniform", solver=Dying(outputs=16),
              distributed=True)  # fmt: skip
     found: dict[str, object] = {}
     for case in CASES:
@@ -134,6 +153,7 @@ def main(folder: Path, rank: int, count: int, part: str) -> None:
         "nan": lambda: trim(model, [wrong[0] / (1 - rank), *wrong[1:]], sparsity=0.5, distributed=True),
         "empty": lambda: trim(model, wrong[: 10 * (1 - rank)], sparsity=0.5, distributed=True),
         "wrapped": lambda: trim(nn.parallel.DistributedDataParallel(model), wrong, sparsity=0.5, distributed=True),
+        "forward": lambda: trim(Failing(rank), wrong, sparsity=0.5, distributed=True),
         "differ": lambda: trim(Choosing(rank), wrong, sparsity=0.5, distributed=True),
         "weights": lambda: trim(network("mlp") if rank else model, wrong, sparsity=0.5, distributed=True),
     }

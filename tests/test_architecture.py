@@ -10,6 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_nettrim"
 FLOORS = [
+    {"digest"},
     {"pattern", "sums", "rectifier", "ranks"},
     {"problem"},
     {"prox"},

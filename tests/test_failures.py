@@ -112,7 +112,7 @@ FAILURES = {
     "out of memory unfolding": breaking(Fold, "parameters", OUT, 3),
     "out of memory measuring": breaking(Responses, "distances", OUT),
     "a full disk for layers": breaking(Journal, "write", FULL, 10**9),
-    "a full disk for the report": breaking(publish, "_write", FULL),
+    "a full disk for the report": breaking(publish, "write_whole", FULL),
     "a folder that cannot be written": in_the_way,
     "Ctrl-C recording": breaking(Signals, "tapes", KeyboardInterrupt(), 5),
     "Ctrl-C solving": breaking(Cardinality, "solve", KeyboardInterrupt(), 30),

@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from lightning_nettrim import trim
-from lightning_nettrim.journal import Journal, digest
+from lightning_nettrim.digest import digest
+from lightning_nettrim.journal import Journal
 from lightning_nettrim.prune import Pruner
 
 

@@ -86,6 +86,7 @@ def test_two_processes_solve_one_problem(found):
     [
         ("nan", "RuntimeError: process 1 of 2 has failed.*ValueError: 0: expected finite", "ValueError: 0: expected"),
         ("empty", "RuntimeError: process 1 of 2 has failed, .*: ValueError: expected batches", "ValueError: expected"),
+        ("forward", "RuntimeError: process 1 of 2 has failed, .*: RuntimeError: broken", "RuntimeError: broken"),
         ("wrapped", "ValueError: distributed: .* pass model.module", "ValueError: distributed: expected"),
         ("differ", "ValueError: first: .* 'ReLU' in process 0 and 'linear'", "ValueError: first: expected"),
         ("weights", "RuntimeError: 2.weight: expected the same", "RuntimeError: 2.weight: expected the same"),

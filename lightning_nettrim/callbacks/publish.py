@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
 from lightning_nettrim.callbacks.compare import sibling
-from lightning_nettrim.journal import Journal
+from lightning_nettrim.journal import Journal, write_whole
 from lightning_nettrim.method import chosen
 from lightning_nettrim.report import TrimResult, as_json, comparison, write_histograms, write_text, write_trials
 
@@ -63,7 +63,7 @@ def publish(
         trainer.save_checkpoint(where / "pruned.ckpt")
         if trainer.is_global_zero:
             text = json.dumps(_report(result, metrics, arguments), indent=2, allow_nan=False)
-            _write(where / "report.json", text + "\n")
+            write_whole(where / "report.json", f"{text}\n".encode())
             Journal(where / "layers").clear()
         trainer.print(f"\nNetTrim: wrote {where / 'pruned.ckpt'} and report.json beside it")
 
@@ -94,7 +94,7 @@ def show_plan(trainer: pl.Trainer, plan: str, save: bool) -> None:
     trainer.print(f"NetTrim would prune (dry_run, nothing was changed):\n{plan}")
     where = folder(trainer)  # which all processes have to ask for
     if save and trainer.is_global_zero and where is not None:
-        _write(where / "plan.yaml", plan)
+        write_whole(where / "plan.yaml", plan.encode())
 
 
 def _report(
@@ -106,11 +106,3 @@ def _report(
     arguments = {**arguments, "solver": named}
     packages = ("lightning_nettrim", "torch", "lightning")
     return as_json(result, metrics, arguments, {name: version(name) for name in packages})
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file that is either whole or not there."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(path.suffix + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
