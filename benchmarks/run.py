@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import convex, memory, networks, oneshot
+from benchmarks import convex, memory, networks, oneshot, ranks
 from benchmarks.peers import Unavailable
 from benchmarks.picture import draw, draw_accuracy
 from benchmarks.report import Row, header, line, titles, write
@@ -37,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     if benchmark == "memory":
         _pruning(memory, memory.Settings(**{**settings, "limits": tuple(settings["limits"])}), benchmark)
+        return
+    if benchmark == "ranks":
+        _pruning(ranks, ranks.Settings(**{**settings, "processes": tuple(settings["processes"])}), benchmark)
         return
     sections = settings.pop("sections")
     _convex(sections, convex.Settings(**{**settings, "layers": tuple(settings["layers"])}))
@@ -114,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--scheme", default=large.scheme, choices=("cascade", "parallel"))
     for name in ("images", "size", "batch", "samples"):
         command.add_argument(f"--{name}", type=int, default=getattr(large, name), help="default %(default)s")
+    command = commands.add_parser("ranks", help="a step against the number of processes that share the rows")
+    spread = ranks.Settings()
+    command.add_argument("--out", type=Path, default=spread.out, help="folder of the results (default %(default)s)")
+    command.add_argument("--processes", type=int, nargs="+", default=[*spread.processes])
+    for name in ("samples", "inputs", "outputs"):
+        command.add_argument(f"--{name}", type=int, default=getattr(spread, name), help="default %(default)s")
     return parser
 
 

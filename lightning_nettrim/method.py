@@ -6,12 +6,41 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_nettrim.fold import Fold
 from lightning_nettrim.plan import Budget
 from lightning_nettrim.problem import LayerProblem
+from lightning_nettrim.shelf import Kept, Shelf
 from lightning_nettrim.solvers import ADMM, Cardinality, Solution, Solver, fewest, refit, solve
+from lightning_nettrim.solvers.cardinality import Spectrum
+
+
+class Spectra:
+    """What `Cardinality` knows of the inputs of layers that always see the same, until it serves again.
+
+    Args:
+        shelf: where it waits; where it comes from, if not given.
+    """
+
+    def __init__(self, shelf: Shelf | None = None) -> None:
+        self._shelf = shelf or Shelf("device")
+        self._kept: dict[str, Kept] = {}
+
+    def get(self, name: str, device: torch.device) -> Spectrum | None:
+        """A layer's, on a device; ``None`` if it is not known."""
+        kept = self._kept.get(name)
+        return None if kept is None else Spectrum(*(part.to(device) for part in kept.load()))
+
+    def put(self, name: str, spectrum: Spectrum | None) -> None:
+        """Keep a layer's, if there is one and it is not known yet."""
+        if spectrum is not None and name not in self._kept:
+            self._kept[name] = self._shelf.put(spectrum)
+
+    def clear(self) -> None:
+        """Let all of them go."""
+        self._kept.clear()
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +57,7 @@ class Method:
     solver: Solver | None
     penalize_bias: bool
     reading: Mapping[str, Tensor] = field(default_factory=dict)
-    spectra: dict[str, Any] = field(default_factory=dict)
+    spectra: Spectra = field(default_factory=Spectra)
 
     def of(self, wanted: Budget) -> Solver:
         """The solver for a budget."""
@@ -48,8 +77,8 @@ class Method:
         elif wanted.epsilon is not None and not solver.convex:
             solution = fewest(problem, solver, wanted.refit)
         elif trained_signal and isinstance(solver, Cardinality):
-            solution = self.weighed(name, problem, solver, self.spectra.get(name))
-            self.spectra[name] = solution.state
+            solution = self.weighed(name, problem, solver, self.spectra.get(name, problem.W.device))
+            self.spectra.put(name, solution.state)
         else:
             solution = self.weighed(name, problem, solver)
         if not wanted.refit:

@@ -136,7 +136,7 @@ class Rehearsal:
         trained = self._trained[1]
         size = pruner.length(trained) or 1.0
         fold, budget, tape = pruner.folds[name], pruner.todo.budgets[name], pruner.signals.tapes(name)[name]
-        spectrum, points = pruner.method.spectra.get(name), {}
+        spectrum, points = pruner.method.spectra.get(name, fold.W.device), {}
         for density in DENSITIES:
             asked = replace(budget, sparsity=1 - density, epsilon=None)
             problem = pruner.pose(name, tape, asked, True)
@@ -149,7 +149,7 @@ class Rehearsal:
             effect = pruner.length(probe.answers(last)[last] - trained) / size
             points[problem.nonzeros] = relative_error(problem, W), effect
         if pruner.settings.scheme == "parallel" or name == next(iter(pruner.todo.layers)):
-            pruner.method.spectra[name] = spectrum
+            pruner.method.spectra.put(name, spectrum)
         points[pruner.sizes()[name]] = 0.0, 0.0
         errors, effects = zip(*points.values(), strict=True)
         return [*points], [*errors], [*effects]

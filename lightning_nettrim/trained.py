@@ -18,7 +18,7 @@ from lightning_nettrim.fold import Fold
 from lightning_nettrim.journal import Journal
 from lightning_nettrim.layers import joined
 from lightning_nettrim.memory import LEAST_ROWS, Meter, rows_within, with_less
-from lightning_nettrim.method import Method
+from lightning_nettrim.method import Method, Spectra
 from lightning_nettrim.plan import Plan
 from lightning_nettrim.ranks import ALONE, Ranks
 from lightning_nettrim.responses import Responses
@@ -66,7 +66,7 @@ class Trained:
         held: what `hold` returned.
         settings: how to go about it.
         room: bytes that recording and solving a layer may take.
-        shelf: where the trained responses wait.
+        shelf: where the trained responses, and spectra that serve again, wait.
         journal: what an earlier run has finished, and where this one writes.
         meter: of memory.
     """
@@ -99,7 +99,8 @@ class Trained:
         self.dense = mask.copies(model, sorted(written | own))
         self.last = next(reversed(todo.layers))
         self.doing = "choosing budgets"
-        self.shelf, self.method = shelf or Shelf("device"), Method(settings.solver, penalize_bias)
+        self.shelf = shelf or Shelf("device")
+        self.method = Method(settings.solver, penalize_bias, spectra=Spectra(self.shelf))
         self.trained = Responses(self.shelf, room)
         with evaluating(model):
             if settings.importance == "outgoing":

@@ -1,4 +1,6 @@
-"""Fixed seeds and one thread, so that a test gives the same numbers every time."""
+"""Fixed seeds and few threads, so that a test gives the same numbers every time, beside others."""
+
+import os
 
 import pytest
 import torch
@@ -12,7 +14,8 @@ def _seed():
 
 
 def pytest_configure(config):
-    torch.set_num_threads(min(2, torch.get_num_threads()))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, min(2, torch.get_num_threads() // workers)))
 
 
 @pytest.fixture(scope="session")

@@ -287,3 +287,19 @@ def test_the_one_shot_command_prints_a_table_and_writes_its_files(tmp_path, peer
     assert float(rows["2:4", "ours"]["zeros"]) == pytest.approx(0.498, abs=1e-3)
     assert float(rows["0.9", "ours"]["error1"]) < float(rows["0.9", "magnitude + refit"]["error1"])
     assert (tmp_path / "out/oneshot.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_what_is_measured_in_processes_of_their_own(tmp_path, capsys):
+    sizes = ["--samples", "200", "--inputs", "20", "--outputs", "8"]
+    run.main(["ranks", "--out", str(tmp_path), *sizes])
+    images = ["--images", "8", "--batch", "4", "--size", "32", "--samples", "256"]
+    run.main(["memory", "--out", str(tmp_path), "--network", "squeezenet1_1", "--limits", "1", *images])
+    with (tmp_path / "ranks.csv").open() as file:
+        rows = [(r["solver"], r["share"], int(r["processes"]), int(r["rows"])) for r in csv.DictReader(file)]
+    counts = [("in all", 1, 200), ("each", 1, 200), ("in all", 2, 200), ("each", 2, 400)]
+    assert rows == [(solver, *count) for count in counts for solver in ("ADMM", "Cardinality")]
+    with (tmp_path / "memory.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert 0 < float(row["peak"]) == pytest.approx(float(row["ratio"]) * float(row["limit"]))
+    assert "most at" in capsys.readouterr().out

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import errno
-import os
+import multiprocessing
 import pickle
-import subprocess
-import sys
+import signal
 import time
 
 import pytest
@@ -196,32 +195,41 @@ def test_a_digest_tells_contents_apart():
     assert digest("ab", "c") != digest("a", "bc")
 
 
-SCRIPT = """
-import sys, time, torch
-torch.set_num_threads(1)
-sys.path.insert(0, sys.argv[2])
-from test_journal import network, pruned
-model, result = pruned(sys.argv[1] if sys.argv[1] != "-" else None)
-torch.save(model.state_dict(), sys.argv[3])
-"""
+def job(folder, out):
+    """What a process of its own does, from the command to its network on disk."""
+    torch.set_num_threads(1)
+    model, _ = pruned(folder)
+    torch.save(model.state_dict(), out)
 
 
 @pytest.mark.slow
 def test_killed_at_ten_moments_it_ends_with_the_same_network(tmp_path):
-    command = [sys.executable, "-c", SCRIPT]
-    where = os.path.dirname(__file__)
-    start = time.perf_counter()
-    subprocess.run([*command, "-", where, str(tmp_path / "whole.pt")], check=True)
-    seconds = time.perf_counter() - start
-    whole = torch.load(tmp_path / "whole.pt", weights_only=True)
-    moments = torch.rand(10, generator=torch.Generator().manual_seed(0))
-    for i, part in enumerate(moments.tolist()):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_nettrim", "pytest"])
+
+    def started(*arguments):
+        process = context.Process(target=job, args=arguments)
+        process.start()
+        return process
+
+    def finished(*arguments):
+        begin, process = time.perf_counter(), started(*arguments)
+        process.join()
+        assert process.exitcode == 0
+        return time.perf_counter() - begin, torch.load(arguments[1], weights_only=True)
+
+    finished(None, tmp_path / "first.pt")
+    seconds, whole = finished(None, tmp_path / "whole.pt")
+    generator, killed = torch.Generator().manual_seed(0), 0
+    for i in range(30):
         folder, out = tmp_path / str(i), tmp_path / f"{i}.pt"
-        arguments = [*command, str(folder), where, str(out)]
-        process = subprocess.Popen(arguments)
-        time.sleep((0.5 + 0.5 * part) * seconds)
+        process = started(folder, out)
+        time.sleep(float(torch.rand(1, generator=generator)) * seconds)
         process.kill()
-        process.wait()
-        subprocess.run(arguments, check=True)
-        found = torch.load(out, weights_only=True)
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL  # and not finished before
+        found = finished(folder, out)[1]
         assert all(torch.equal(found[key], whole[key]) for key in whole)
+        if killed == 10:
+            return
+    pytest.fail(f"killed {killed} times only")

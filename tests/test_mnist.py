@@ -4,43 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
 
 from lightning_nettrim import Magnitude, NetTrim, SparseGPT, Wanda, trim
-from lightning_nettrim.cli import main
-from recipes.models import MLP, LeNet5, ResNet, ViT
+from recipes.models import MLP
+from tests.mnist import MARKS, ROOT, accuracy, fit
 
-ROOT = Path(__file__).parents[1]
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning per type"),
-    pytest.mark.filterwarnings(r"ignore:[\s\S]*was deprecated in v4[.\d]* and will be removed:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
-
-
-def accuracy(model, data):
-    images, labels = data.held_out.tensors
-    with torch.no_grad():
-        return float((model.eval()(images).argmax(1) == labels).double().mean())
+pytestmark = MARKS
 
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
     """The folder that the recipe's own command has written."""
     folder = tmp_path_factory.mktemp("mnist")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setattr("sys.argv", ["nettrim"])
-        config = str(ROOT / "recipes" / "mnist_lenet300.yaml")
-        main(["fit", "--config", config, "--trainer.logger.init_args.save_dir", str(folder)])
+    fit([ROOT / "recipes" / "mnist_lenet300.yaml"], folder)
     return folder / "mnist_lenet300" / "version_0" / "nettrim"
 
 
@@ -142,64 +122,3 @@ def test_two_of_four(run, data):
     for layer in (network.fc1, network.fc2):
         assert bool(((layer.weight.reshape(-1, 4) != 0).sum(1) == 2).all())
     assert accuracy(network, data) >= accuracy(dense, data) - 0.003
-
-
-@pytest.fixture(scope="module", params=["lenet5", "resnet", "vit"])
-def recipe(request, data, tmp_path_factory):
-    """A recipe, shortened to three epochs, 2048 samples and two blocks of the transformer.
-
-    Its name, its folder, its pruned and its dense network.
-    """
-    name, folder = request.param, tmp_path_factory.mktemp(request.param)
-    arguments = {"class_path": "lightning_nettrim.NetTrim", "init_args": {"num_samples": 2048}}
-    (folder / "delta.yaml").write_text(json.dumps({"trainer": {"callbacks": [arguments]}}))
-    configs = [str(ROOT / "recipes" / f"mnist_{name}.yaml"), str(folder / "delta.yaml")]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        patch.setattr("sys.argv", ["nettrim"])
-        options = ["--trainer.max_epochs=3", f"--trainer.logger.init_args.save_dir={folder}"]
-        options += ["--model.init_args.depth=2"] if name == "vit" else []
-        main(["fit", *(part for config in configs for part in ("--config", config)), *options])
-    version = folder / f"mnist_{name}" / "version_0"
-    kind = {"lenet5": LeNet5, "resnet": ResNet, "vit": ViT}[name]
-    (checkpoint,) = (version / "checkpoints").glob("*.ckpt")
-    networks = (kind.load_from_checkpoint(p, map_location="cpu") for p in (version / "nettrim/pruned.ckpt", checkpoint))
-    return name, version / "nettrim", *networks
-
-
-EXPECTED = {"lenet5": (0.9, 0.98, 0.003), "resnet": (0.8, 0.98, 0.01), "vit": (0.5, 0.95, 0.005)}
-"""Zeros, the least accuracy of the dense network after three epochs, and how much lower the pruned one may be."""
-
-
-def test_convolutions_norms_and_attention_are_pruned_by_their_recipes(recipe, data):
-    name, folder, pruned, dense = recipe
-    zeros, least, drop = EXPECTED[name]
-    report = json.loads((folder / "report.json").read_text())
-    weights = {key: pruned.get_parameter(key) for key in _weights_of(report, pruned)}
-    assert set(weights) == {k for k, p in pruned.named_parameters() if p.ndim > 1} - {"token", "positions"}
-    total = sum(weight.numel() for weight in weights.values())
-    assert sum(int((weight == 0).sum()) for weight in weights.values()) == round(zeros * total)
-    assert accuracy(dense, data) >= least
-    assert accuracy(pruned, data) >= accuracy(dense, data) - drop
-    assert report["metrics"]["pruned"]["val_acc"] == pytest.approx(accuracy(pruned, data), abs=1e-6)
-
-
-def test_they_beat_the_baselines_at_the_same_total(recipe, data):
-    name, _, pruned, dense = recipe
-    images, zeros = data.train.tensors[0][:2048], EXPECTED[name][0]
-    ours = accuracy(pruned, data)
-    for solver, options in (
-        (Magnitude(), {"refit": False, "allocate": "magnitude"}),
-        (Wanda(), {"refit": False, "allocate": "uniform", "pattern": "per_neuron"}),
-        (SparseGPT(), {"refit": False, "allocate": "uniform"}),
-    ):
-        network = copy.deepcopy(dense)
-        trim(network, images.split(256), sparsity=zeros, solver=solver, **options)
-        assert accuracy(network, data) < ours
-
-
-def _weights_of(report, model):
-    """Names of the weights of the reported layers."""
-    known = dict(model.named_parameters())
-    for layer in report["layers"]:
-        yield next(key for key in (f"{layer['name']}.weight", f"{layer['name']}_weight") if key in known)

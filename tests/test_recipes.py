@@ -1,0 +1,71 @@
+"""Real architectures on real data: a convolutional network, a residual one and a transformer, by their recipes."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+
+from lightning_nettrim import Magnitude, SparseGPT, Wanda, trim
+from recipes.models import LeNet5, ResNet, ViT
+from tests.mnist import MARKS, ROOT, accuracy, fit
+
+pytestmark = MARKS
+
+
+@pytest.fixture(scope="module", params=["lenet5", "resnet", "vit"])
+def recipe(request, data, tmp_path_factory):
+    """A recipe, shortened to two or three epochs, 2048 samples and two blocks of the transformer.
+
+    Its name, its folder, its pruned and its dense network.
+    """
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
+    arguments = {"class_path": "lightning_nettrim.NetTrim", "init_args": {"num_samples": 2048}}
+    (folder / "delta.yaml").write_text(json.dumps({"trainer": {"callbacks": [arguments]}}))
+    configs = [ROOT / "recipes" / f"mnist_{name}.yaml", folder / "delta.yaml"]
+    epochs, depth = (3, ["--model.init_args.depth=2"]) if name == "vit" else (2, [])
+    fit(configs, folder, f"--trainer.max_epochs={epochs}", *depth)
+    version = folder / f"mnist_{name}" / "version_0"
+    kind = {"lenet5": LeNet5, "resnet": ResNet, "vit": ViT}[name]
+    (checkpoint,) = (version / "checkpoints").glob("*.ckpt")
+    networks = (kind.load_from_checkpoint(p, map_location="cpu") for p in (version / "nettrim/pruned.ckpt", checkpoint))
+    return name, version / "nettrim", *networks
+
+
+EXPECTED = {"lenet5": (0.9, 0.98, 0.003), "resnet": (0.8, 0.98, 0.01), "vit": (0.5, 0.95, 0.005)}
+"""Zeros, the least accuracy of the dense network after so few epochs, and how much lower the pruned one may be."""
+
+
+def test_convolutions_norms_and_attention_are_pruned_by_their_recipes(recipe, data):
+    name, folder, pruned, dense = recipe
+    zeros, least, drop = EXPECTED[name]
+    report = json.loads((folder / "report.json").read_text())
+    weights = {key: pruned.get_parameter(key) for key in _weights_of(report, pruned)}
+    assert set(weights) == {k for k, p in pruned.named_parameters() if p.ndim > 1} - {"token", "positions"}
+    total = sum(weight.numel() for weight in weights.values())
+    assert sum(int((weight == 0).sum()) for weight in weights.values()) == round(zeros * total)
+    assert accuracy(dense, data) >= least
+    assert accuracy(pruned, data) >= accuracy(dense, data) - drop
+    assert report["metrics"]["pruned"]["val_acc"] == pytest.approx(accuracy(pruned, data), abs=1e-6)
+
+
+def test_they_beat_the_baselines_at_the_same_total(recipe, data):
+    name, _, pruned, dense = recipe
+    images, zeros = data.train.tensors[0][:2048], EXPECTED[name][0]
+    ours = accuracy(pruned, data)
+    for solver, options in (
+        (Magnitude(), {"refit": False, "allocate": "magnitude"}),
+        (Wanda(), {"refit": False, "allocate": "uniform", "pattern": "per_neuron"}),
+        (SparseGPT(), {"refit": False, "allocate": "uniform"}),
+    ):
+        network = copy.deepcopy(dense)
+        trim(network, images.split(256), sparsity=zeros, solver=solver, **options)
+        assert accuracy(network, data) < ours
+
+
+def _weights_of(report, model):
+    """Names of the weights of the reported layers."""
+    known = dict(model.named_parameters())
+    for layer in report["layers"]:
+        yield next(key for key in (f"{layer['name']}.weight", f"{layer['name']}_weight") if key in known)
