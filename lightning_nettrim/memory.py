@@ -11,6 +11,7 @@ from typing import TypeVar
 import torch
 
 from lightning_nettrim.layers import Layer
+from lightning_nettrim.ranks import ALONE, Exhausted, Ranks, is_out_of_memory
 
 T = TypeVar("T")
 
@@ -21,13 +22,6 @@ FRACTION = 0.5
 
 LEAST_ROWS = 256
 """Of a layer: fewer are not recorded, however little memory there is."""
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that there was not enough memory."""
-    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # the allocator of the CPU
 
 
 def free(device: torch.device) -> int:
@@ -103,12 +97,17 @@ def to_solve(layer: Layer, rows: int) -> int:
     return 4 * layer.groups * (3 * rows * N + 10 * rows * M + 12 * N * min(N, rows) + 10 * N * M)
 
 
-def beside(layers: Iterable[Layer], rows: int, room: float) -> float:
-    """Bytes that are held all the time: three copies of the weights, and responses that wait in a room in memory."""
+def beside(layers: Iterable[Layer], rows: int, room: float, spectra: bool) -> float:
+    """Bytes that are held all the time: three copies of the weights, and what waits in a room in memory.
+
+    Those are the responses and, if all layers' are kept, the spectra.
+    """
     known = list(layers)
     weights = sum(layer.parameter.numel() * layer.parameter.element_size() for layer in known)
-    responses = sum(4 * rows * layer.groups * layer.outputs for layer in known)
-    return 3 * weights + min(responses, room)
+    waiting = sum(4 * rows * layer.groups * layer.outputs for layer in known)
+    if spectra:
+        waiting += sum(4 * layer.groups * layer.inputs * min(layer.inputs, rows) for layer in known)
+    return 3 * weights + min(waiting, room)
 
 
 def rows_within(layer: Layer, rows: int, room: float) -> int:
@@ -136,13 +135,16 @@ def passes(layers: Mapping[str, Layer], rows: Mapping[str, int], room: float) ->
     return groups
 
 
-def with_less(attempt: Callable[[], T], less: Callable[[], object], times: int = 3) -> T:
-    """What an attempt returns; where memory does not suffice it is made so many times more, each time with less."""
-    for _ in range(times):
+def with_less(attempt: Callable[[], T], less: Callable[[], object], ranks: Ranks = ALONE) -> T:
+    """What an attempt returns; where memory does not suffice it is made three times more, each time with less.
+
+    Of several processes all must know: others would wait in an exchange.
+    """
+    for _ in range(3):
         try:
             return attempt()
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) or (ranks.count > 1 and not isinstance(error, Exhausted)):
                 raise
         less()  # not while the exception holds what the attempt has allocated
     return attempt()

@@ -85,7 +85,7 @@ class Pruner(Trained):
                 answer = self._known(label + name, cause)
                 if answer is None:
                     attempt = partial(self._answer, name, budgets[name], before, chained)
-                    answer = with_less(attempt, partial(self.less, name), self.tries)
+                    answer = with_less(attempt, partial(self.less, name), self.settings.ranks)
                     self.settings.ranks.check_same(answer.values)
                     self._remember(label + name, cause, answer)
                 answers[name] = answer
@@ -104,7 +104,7 @@ class Pruner(Trained):
                     self._recalibrate(budgets, name)
             kept = [name for name in self.norms if self._is_part(budgets, name)]
             mask.swap(self.model, norms.moved(self.model, kept, self.signals.held, self.settings.ranks))
-            distances = with_less(lambda: self.trained.distances(self.signals), self.less, self.tries)
+            distances = with_less(lambda: self.trained.distances(self.signals), self.less, self.settings.ranks)
         sizes, parameters = self.trained.sizes, dict(self.model.named_parameters())
         reports = (replace(a.report, discrepancy=distances[n] / (sizes[n] or 1.0)) for n, a in answers.items())
         errors = {name: answer.error for name, answer in answers.items()}

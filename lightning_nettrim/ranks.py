@@ -15,6 +15,17 @@ from lightning_nettrim.digest import digest
 T = TypeVar("T")
 
 
+class Exhausted(MemoryError):
+    """Memory did not suffice in some process, and all of them know."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that there was not enough memory."""
+    if isinstance(error, torch.cuda.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # the allocator of the CPU
+
+
 @dataclass(frozen=True)
 class Ranks:
     """A process that is alone with its rows, for which all sums are its own; `Group` is several.
@@ -63,6 +74,7 @@ class Ranks:
         """A `with` in which nothing is exchanged and after which an error in one process is one in all.
 
         Raises:
+            Exhausted: with the message of a process that was out of memory, in all, if it was nothing else.
             RuntimeError: with the message of a process that has failed, in those that have not.
         """
         failed: Exception | None = None
@@ -71,11 +83,13 @@ class Ranks:
         except Exception as error:
             failed = error
         if self.any(failed is not None):
-            messages = self.gather(None if failed is None else f"{type(failed).__name__}: {failed}")
-            if failed is not None:
-                raise failed
-            rank, message = next((rank, text) for rank, text in enumerate(messages) if text is not None)
-            raise RuntimeError(f"process {rank} of {self.count} has failed, and this one with it: {message}")
+            own = None if failed is None else (f"{type(failed).__name__}: {failed}", is_out_of_memory(failed))
+            failures = [(rank, *theirs) for rank, theirs in enumerate(self.gather(own)) if theirs is not None]
+            rank, message, _ = failures[0]
+            text = f"process {rank} of {self.count} has failed, and this one with it: {message}"
+            if self.count > 1 and all(short for _, _, short in failures):
+                raise Exhausted(text) from failed
+            raise RuntimeError(text) if failed is None else failed
 
     def agree(self, seen: Mapping[str, str]) -> None:
         """Make sure that all processes have seen the same things, in the same order.

@@ -121,7 +121,7 @@ class Rehearsal:
         ranks = self.pruner.settings.ranks
         if ranks.all(entry is not None) and entry is not None:
             return entry[1]
-        found = with_less(compute, self.pruner.less, self.pruner.tries)
+        found = with_less(compute, self.pruner.less, ranks)
         if journal is not None and ranks.rank == 0:
             journal.write(name, cause, {}, found)
         return found

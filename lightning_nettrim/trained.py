@@ -84,7 +84,6 @@ class Trained:
     ) -> None:
         self.model, self.todo, self.settings, self.journal = model, todo, settings, journal
         self.room, self.meter = room, meter
-        self.tries = 0 if settings.ranks.count > 1 else 3  # with less; another process would wait in an exchange
         self.notes: list[str] = []
         penalize_bias = settings.penalize_bias
         self.folds = {
@@ -104,9 +103,9 @@ class Trained:
         self.trained = Responses(self.shelf, room)
         with evaluating(model):
             if settings.importance == "outgoing":
-                reading = with_less(lambda: self.signals.importance(self.weights()), self.narrower, self.tries)
+                reading = with_less(lambda: self.signals.importance(self.weights()), self.narrower, settings.ranks)
                 self.method = replace(self.method, reading=reading)
-            with_less(lambda: self.trained.record(self.signals), self.narrower, self.tries)
+            with_less(lambda: self.trained.record(self.signals), self.narrower, settings.ranks)
         for name, few in rows.items():
             if self.trained.rows.get(name) == few < settings.num_samples:
                 self._note(f"{name}: {few} of {settings.num_samples} samples fit into max_memory")
@@ -123,7 +122,7 @@ class Trained:
         self.narrower()
         now = self.snapshot()
         self.restore()
-        with_less(lambda: self.trained.record(self.signals), self.narrower)
+        with_less(lambda: self.trained.record(self.signals), self.narrower, self.settings.ranks)
         self.restore(now)
 
     def narrower(self) -> None:

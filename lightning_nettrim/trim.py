@@ -154,7 +154,8 @@ def trim(
         scheme, solver, num_samples, seed, penalize_bias, importance, recalibrate_batchnorm, on_failure, ranks
     )  # fmt: skip
     journal = None if folder is None else Journal(Path(folder), [Path(other) for other in resume_from])
-    held_too = beside(todo.layers.values(), num_samples, shelf.room - shelf.size if on_device else 0.0)
+    waits = shelf.room - shelf.size if on_device else 0.0
+    held_too = beside(todo.layers.values(), num_samples, waits, scheme == "parallel")
     room = min(ranks.gather(limit - meter.lap() - held_too))
     pruner = Pruner(model, todo, held, settings, room, shelf, journal, meter)
     rehearsal = Rehearsal(pruner, on_progress)

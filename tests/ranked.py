@@ -60,18 +60,19 @@ class Choosing(nn.Module):
 
 
 class Failing(nn.Module):
-    """Raises in process 1 from its tenth call on, when layers are recorded."""
+    """Raises in process 1 from its tenth call on, when layers are recorded, at batches of more than so many."""
 
-    def __init__(self, rank: int) -> None:
+    def __init__(self, rank: int, error: Exception, most: int = 0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second, self.rank, self.calls = nn.Linear(24, 8).double(), nn.Linear(8, 4).double(), rank, 0
+        self.error, self.most = error, most
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The response."""
         self.calls += 1
-        if self.rank == 1 and self.calls > 9:
-            raise RuntimeError("broken")
+        if self.rank == 1 and self.calls > 9 and len(x) > self.most:
+            raise self.error
         return self.second(self.first(x).relu())
 
 
@@ -148,12 +149,15 @@ def main(folder: Path, rank: int, count: int, part: str) -> None:
     found["refit"] = refit(problem, problem.W * (problem.W.abs() > 0.5))
     found["cardinality"] = Cardinality().solve(problem).W
     wrong, model = batches("mlp", rank, count), network("mlp")
+    short = Failing(rank, MemoryError("full"), most=len(wrong[0]) - 1)
+    found["short"] = trim(short, wrong, sparsity=0.5, distributed=True).notes, short.state_dict()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     failures = {
         "nan": lambda: trim(model, [wrong[0] / (1 - rank), *wrong[1:]], sparsity=0.5, distributed=True),
         "empty": lambda: trim(model, wrong[: 10 * (1 - rank)], sparsity=0.5, distributed=True),
         "wrapped": lambda: trim(nn.parallel.DistributedDataParallel(model), wrong, sparsity=0.5, distributed=True),
-        "forward": lambda: trim(Failing(rank), wrong, sparsity=0.5, distributed=True),
+        "forward": lambda: trim(Failing(rank, RuntimeError("broken")), wrong, sparsity=0.5, distributed=True),
+        "full": lambda: trim(Failing(rank, MemoryError("full")), wrong, sparsity=0.5, distributed=True),
         "differ": lambda: trim(Choosing(rank), wrong, sparsity=0.5, distributed=True),
         "weights": lambda: trim(network("mlp") if rank else model, wrong, sparsity=0.5, distributed=True),
     }
@@ -162,7 +166,7 @@ def main(folder: Path, rank: int, count: int, part: str) -> None:
             model[2].weight.data.add_(1e-7)
         try:
             fail()
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             found[name] = f"{type(error).__name__}: {error}"
         if name != "weights":
             assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())

@@ -87,6 +87,7 @@ def test_two_processes_solve_one_problem(found):
         ("nan", "RuntimeError: process 1 of 2 has failed.*ValueError: 0: expected finite", "ValueError: 0: expected"),
         ("empty", "RuntimeError: process 1 of 2 has failed, .*: ValueError: expected batches", "ValueError: expected"),
         ("forward", "RuntimeError: process 1 of 2 has failed, .*: RuntimeError: broken", "RuntimeError: broken"),
+        ("full", "Exhausted: process 1 of 2 has failed, .*: MemoryError: full", "Exhausted: process 1 of 2 has failed"),
         ("wrapped", "ValueError: distributed: .* pass model.module", "ValueError: distributed: expected"),
         ("differ", "ValueError: first: .* 'ReLU' in process 0 and 'linear'", "ValueError: first: expected"),
         ("weights", "RuntimeError: 2.weight: expected the same", "RuntimeError: 2.weight: expected the same"),
@@ -95,6 +96,14 @@ def test_two_processes_solve_one_problem(found):
 def test_an_error_in_one_process_is_one_in_all(found, name, first, second):
     assert re.match(first, found[0][name]), found[0][name]
     assert re.match(second, found[1][name]), found[1][name]
+
+
+def test_too_little_memory_for_a_recording_in_one_process_is_less_in_all(found):
+    (notes, first), (others, second) = (of["short"] for of in found)
+    assert notes == others
+    assert notes[0].endswith("half the inputs at a time")
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert int((first["first.weight"] == 0).sum() + (first["second.weight"] == 0).sum()) == (24 * 8 + 8 * 4) // 2
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
