@@ -27,6 +27,7 @@ class Settings:
         samples: rows of each layer at most.
         offload: where calibration inputs and trained responses wait.
         scheme: cascade or parallel.
+        targets: layers to prune, by name or glob; all if none are given.
     """
 
     out: Path = Path("runs") / "benchmarks"
@@ -38,6 +39,7 @@ class Settings:
     samples: int = 4096
     offload: str = "cpu"
     scheme: str = "cascade"
+    targets: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def _row(settings: Settings, limit: float) -> Row:
     batches = (torch.randn(shape) for _ in range(settings.images // settings.batch))
     result = trim(
         model, batches, sparsity=0.8, allocate="uniform", num_samples=settings.samples, max_memory=limit,
-        offload=settings.offload, scheme=settings.scheme,
+        offload=settings.offload, scheme=settings.scheme, targets=list(settings.targets) or None,
     )  # fmt: skip
     most = max(result.reports, key=lambda report: report.memory or 0.0)
     peak = result.peak_memory or 0.0

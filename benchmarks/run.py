@@ -36,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _pruning(networks, networks.Settings(**{**settings, **several}), benchmark)
         return
     if benchmark == "memory":
-        _pruning(memory, memory.Settings(**{**settings, "limits": tuple(settings["limits"])}), benchmark)
+        several = {name: tuple(settings[name]) for name in ("limits", "targets")}
+        _pruning(memory, memory.Settings(**{**settings, **several}), benchmark)
         return
     if benchmark == "ranks":
         _pruning(ranks, ranks.Settings(**{**settings, "processes": tuple(settings["processes"])}), benchmark)
@@ -115,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--limits", type=float, nargs="+", default=[*large.limits], help="GiB")
     command.add_argument("--offload", default=large.offload, choices=("device", "cpu", "disk"))
     command.add_argument("--scheme", default=large.scheme, choices=("cascade", "parallel"))
+    command.add_argument("--targets", nargs="+", default=[], help="layers to prune, by name or glob; all if not given")
     for name in ("images", "size", "batch", "samples"):
         command.add_argument(f"--{name}", type=int, default=getattr(large, name), help="default %(default)s")
     command = commands.add_parser("ranks", help="a step against the number of processes that share the rows")
