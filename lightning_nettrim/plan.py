@@ -126,6 +126,10 @@ def check_arguments(
     Raises:
         ValueError: naming the argument, what was expected and what was given.
     """
+    amounts = {"epsilon": epsilon, "sparsity": sparsity, "max_drop": max_drop, "max_memory": max_memory}
+    for name, value in (amounts | {"num_samples": num_samples}).items():
+        if isinstance(value, str):
+            raise ValueError(f"{name}: expected a number, got {value!r}: leave out the quotes")
     if plan is not None and not epsilon == sparsity == max_drop is None:
         raise ValueError(
             f"plan: expected no epsilon, sparsity or max_drop beside it, got {epsilon}, {sparsity} and {max_drop}:"

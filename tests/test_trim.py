@@ -265,6 +265,8 @@ def test_the_model_can_still_be_trained_and_stays_in_its_modes():
         ({"sparsity": -0.1}, "sparsity: expected .*got -0.1"),
         ({"epsilon": 0.1, "scheme": "serial"}, "scheme: expected 'cascade' or 'parallel', got 'serial'"),
         ({"epsilon": 0.1, "num_samples": 5}, "num_samples: expected at least 32, got 5"),
+        ({"sparsity": "0.5"}, "sparsity: expected a number, got '0.5'"),
+        ({"epsilon": 0.1, "max_memory": "3"}, "max_memory: expected a number, got '3'"),
         ({"epsilon": 0.1, "targets": ["3"]}, "targets: '3' matches no layer"),
         ({"epsilon": 0.1, "per_layer": {"9": {"epsilon": 0.2}}}, "per_layer: '9' matches no layer"),
         ({"epsilon": 0.1, "per_layer": {"0": {"amount": 0.2}}}, r"per_layer: .*got \['amount'\]"),
