@@ -126,10 +126,13 @@ def check_arguments(
     Raises:
         ValueError: naming the argument, what was expected and what was given.
     """
-    amounts = {"epsilon": epsilon, "sparsity": sparsity, "max_drop": max_drop, "max_memory": max_memory}
-    for name, value in (amounts | {"num_samples": num_samples}).items():
-        if isinstance(value, str):
-            raise ValueError(f"{name}: expected a number, got {value!r}: leave out the quotes")
+    amounts: dict[str, Any] = {
+        "epsilon": epsilon, "sparsity": sparsity, "max_drop": max_drop, "num_samples": num_samples,
+        "max_memory": max_memory,
+    }  # fmt: skip
+    for name, amount in amounts.items():
+        if isinstance(amount, str):
+            raise ValueError(f"{name}: expected a number, got {amount!r}: leave out the quotes")
     if plan is not None and not epsilon == sparsity == max_drop is None:
         raise ValueError(
             f"plan: expected no epsilon, sparsity or max_drop beside it, got {epsilon}, {sparsity} and {max_drop}:"
