@@ -242,8 +242,10 @@ def failure(problem: LayerProblem, solution: Solution, W: Tensor) -> str:
     One that did not converge can, as long as it answers within its radius.
     """
     status = Status(int(solution.status.amax()))
-    if status in (Status.NONFINITE, Status.INFEASIBLE) or not bool(W.isfinite().all()):
+    if status in (Status.NONFINITE, Status.INFEASIBLE):
         return f"the solve ended {status.name}"
+    if not bool(W.isfinite().all()):
+        return "the solve answered NaN or Inf"
     if status == Status.MAX_STEPS and bool(solution.epsilon.isfinite().all()):
         far, radius = length(problem.distance(W)), length(solution.epsilon)
         if far > 1.01 * radius:
