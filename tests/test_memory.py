@@ -249,8 +249,8 @@ def test_fifty_prunes_leak_nothing():
 
     def once(i):
         model.load_state_dict(dense.state_dict())
-        allocate = "uniform" if i % 5 else "global"
-        trim(model, x.split(50), sparsity=0.7, num_samples=200, allocate=allocate)
+        allocate, solver = "uniform" if i % 5 else "global", Cardinality(steps=20)
+        trim(model, x.split(50), sparsity=0.7, num_samples=200, allocate=allocate, solver=solver)
         gc.collect()
         tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
