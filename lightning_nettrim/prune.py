@@ -22,6 +22,7 @@ from lightning_nettrim.pose import pose
 from lightning_nettrim.problem import LayerProblem
 from lightning_nettrim.rectifier import Rectifier
 from lightning_nettrim.report import LayerReport, TrimResult
+from lightning_nettrim.shelf import release
 from lightning_nettrim.solvers import Magnitude, Solution, Solver, Status
 from lightning_nettrim.trained import Trained
 
@@ -132,6 +133,7 @@ class Pruner(Trained):
         """
         began = time.perf_counter()
         if self.meter is not None:
+            release()
             self.meter.lap()
         fed = chained and before is not None
         tapes = self.signals.tapes(*([before] if fed and before is not None else []), name)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
+import sys
 import tempfile
 import weakref
 from collections.abc import Sequence
@@ -12,6 +14,20 @@ from torch import Tensor
 
 OFFLOAD = ("device", "cpu", "disk")
 """Where tensors can wait."""
+
+SPILL = 2**27
+"""Bytes that are put on a shelf between two times that freed memory is handed back."""
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def release() -> None:
+    """Hand freed memory of the host back to the system, where the C library would keep it.
+
+    Tensors of a size come and go while others stay; glibc leaves holes that the next, aligned, just does not fit.
+    """
+    if _trim is not None:
+        _trim(0)
 
 
 class Shelf:
@@ -33,11 +49,15 @@ class Shelf:
             raise ValueError(f"offload: expected {', '.join(map(repr, OFFLOAD))}, got {offload!r}")
         self.offload, self.room, self.size = offload, room, 0
         self._folder: Path | None = None
-        self._count = 0
+        self._count = self._unreleased = 0
 
     def put(self, tensors: Sequence[Tensor]) -> Kept:
         """Keep some tensors; they are let go with what is returned."""
         size = sum(t.numel() * t.element_size() for t in tensors)
+        self._unreleased += size
+        if self._unreleased > SPILL:
+            release()
+            self._unreleased = 0
         if self.offload == "disk" or self.size + size > self.room:
             return Kept([], self._write(tensors), self)
         if self.offload == "cpu":

@@ -21,7 +21,7 @@ from lightning_nettrim.ranks import ALONE, Group
 from lightning_nettrim.rehearse import Rehearsal
 from lightning_nettrim.report import LayerReport, Trial, TrimResult
 from lightning_nettrim.sample import hold
-from lightning_nettrim.shelf import Shelf
+from lightning_nettrim.shelf import Shelf, release
 from lightning_nettrim.solvers import Solver
 from lightning_nettrim.tolerance import DENSEST, SPARSEST, sparsest
 from lightning_nettrim.trained import Settings
@@ -143,12 +143,14 @@ def trim(
     device = next(model.parameters()).device
     limit, meter = free(device) * FRACTION if max_memory is None else max_memory * GIB, Meter(device)
     on_device = offload == "device" or device.type == "cpu"
-    shelf = Shelf(offload, limit / 2 if on_device else math.inf)
+    shelf = Shelf(offload, limit / 4 if on_device else math.inf)
     ranks = Group.of(model) if distributed else ALONE
     ranks.check_same(dict(model.named_parameters()))
     ranks.share(model.buffers())
     with ranks.together():
         held = hold(model, batches, num_samples, seed, shelf)
+    release()
+    meter.lap()  # what the holding took for a while is not there any more
     todo = choose(model, held, common, targets, ignore, per_layer, ranks)
     settings = Settings(
         scheme, solver, num_samples, seed, penalize_bias, importance, recalibrate_batchnorm, on_failure, ranks

@@ -105,10 +105,29 @@ print(*laps, meter.lap(), meter.lap(), meter.peak)
 """
 
 
+HELD = """
+import torch
+from lightning_nettrim.memory import Meter
+from lightning_nettrim.sample import hold
+meter = Meter(torch.device("cpu"))
+held = hold(torch.nn.Identity(), (torch.ones(32, 3 * 224 * 224) for _ in range(40)), 1280, 0)
+print(meter.lap())
+"""
+
+
+def measured(script):
+    """The bytes that a process of its own prints, in MiB: nothing of other tests is given back meanwhile."""
+    printed = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
+    return [int(word) / MIB for word in printed.split()]
+
+
+def test_holes_between_held_inputs_are_handed_back():
+    (peak,) = measured(HELD)
+    assert 735 <= peak < 1.4 * 735
+
+
 def test_the_meter_sees_what_was_used_and_given_back():
-    command = [sys.executable, "-c", METERED]  # alone, so that nothing of other tests is given back meanwhile
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    before, used, after, peak = (int(word) / MIB for word in printed.split())
+    before, used, after, peak = measured(METERED)
     assert before < 8
     assert 60 < used < 80
     assert after < 16
