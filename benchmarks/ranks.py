@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import torch
 from torch import distributed
 
-from benchmarks.steps import random_problem
+from benchmarks.clock import Clock
+from benchmarks.steps import median_seconds, random_problem
 from lightning_nettrim import ADMM, Cardinality, LayerProblem
 from lightning_nettrim.ranks import Group
 
-ROUNDS = 15
+STEPS = 60
+"""By which the longer of two solves is longer."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _process(rank: int, count: int, folder: str, settings: Settings, answers: An
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
     ranks = Group.of(torch.nn.Linear(1, 1))
     weights = torch.zeros(1, settings.inputs, settings.outputs)
-    exchange, found = _median(lambda: ranks.sum(weights)), []
+    exchange, found = median_seconds(lambda: ranks.sum(weights)), []
     for share, total in (("in all", settings.samples), ("each", count * settings.samples)):
         whole = random_problem(total, settings.inputs, settings.outputs)
         own = {key: getattr(whole, key)[:, rank::count].contiguous() for key in ("X", "Y", "Omega")}
@@ -114,29 +114,19 @@ def _process(rank: int, count: int, folder: str, settings: Settings, answers: An
 def _admm(problem: LayerProblem) -> float:
     solver = ADMM()
     state = solver.adapt(problem, solver.init(problem), None)
-    return _median(lambda: solver.step(problem, state))
+    return median_seconds(lambda: solver.step(problem, state))
 
 
 def _cardinality(problem: LayerProblem) -> float:
     """From two solves, of which one takes more steps."""
-    few, many = Cardinality(steps=20), Cardinality(steps=20 + 4 * ROUNDS)
+    few, many = Cardinality(steps=20), Cardinality(steps=20 + STEPS)
     spectrum = few.solve(problem).state
     seconds = []
     for solver in (few, many):
-        begin = perf_counter()
+        clock = Clock()
         solver.solve(problem, spectrum)
-        seconds.append(perf_counter() - begin)
-    return (seconds[1] - seconds[0]) / (4 * ROUNDS)
-
-
-def _median(work: Callable[[], object]) -> float:
-    work()
-    seconds = []
-    for _ in range(ROUNDS):
-        begin = perf_counter()
-        work()
-        seconds.append(perf_counter() - begin)
-    return median(seconds)
+        seconds.append(clock.read())
+    return (seconds[1] - seconds[0]) / STEPS
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -62,13 +62,14 @@ def step_cost(P: int, N: int, M: int, device: str = "cpu", tf32: bool = False) -
         R.baddbmm_(X, move)
         torch.bmm(X.mT, R, out=g)
 
-    step = _median(lambda: solver.step(problem, state), device)
+    step = median_seconds(lambda: solver.step(problem, state), device)
     with _formats("medium" if tf32 else "highest"):
-        floor = _median(products, device)
+        floor = median_seconds(products, device)
     return StepCost(step, floor, 4e-9 * P * N * M / step)
 
 
-def _median(work: Callable[[], object], device: str) -> float:
+def median_seconds(work: Callable[[], object], device: str = "cpu") -> float:
+    """Of some rounds, after one that is not counted."""
     work()
     seconds = []
     for _ in range(ROUNDS):

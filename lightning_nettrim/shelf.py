@@ -15,7 +15,7 @@ from torch import Tensor
 OFFLOAD = ("device", "cpu", "disk")
 """Where tensors can wait."""
 
-SPILL = 2**27
+RELEASE = 2**27
 """Bytes that are put on a shelf between two times that freed memory is handed back."""
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
@@ -55,7 +55,7 @@ class Shelf:
         """Keep some tensors; they are let go with what is returned."""
         size = sum(t.numel() * t.element_size() for t in tensors)
         self._unreleased += size
-        if self._unreleased > SPILL:
+        if self._unreleased > RELEASE:
             release()
             self._unreleased = 0
         if self.offload == "disk" or self.size + size > self.room:

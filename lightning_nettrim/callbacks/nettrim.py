@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -305,15 +304,13 @@ class NetTrim(Callback):
                 bar.clear()
                 trainer.print(f"NetTrim: {row.line()}")
 
-            self.result = trim(
+            self.result = self._trim(
+                trainer,
                 pl_module,
-                self._batches(trainer, pl_module),
-                **self._trim_arguments,
                 metric=None if self.monitor is None else lambda: self._metric(trainer),
                 on_layer=tell,
                 on_trial=tell,
                 on_progress=bar,
-                distributed=isinstance(trainer.strategy, DDPStrategy),
                 **(finished_layers(trainer) if self.save else {}),
             )
         self.masks = self.result.masks
@@ -338,10 +335,10 @@ class NetTrim(Callback):
 
     def _show_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print what would be pruned and what would not, and write it as YAML."""
-        distributed = isinstance(trainer.strategy, DDPStrategy)
-        batches = self._batches(trainer, pl_module)
-        result = trim(pl_module, batches, **self._trim_arguments, dry_run=True, distributed=distributed)
-        show_plan(trainer, result.plan, self.save)
+        show_plan(trainer, self._trim(trainer, pl_module, dry_run=True).plan, self.save)
 
-    def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Any]:
-        return calibration_batches(trainer, pl_module, self.calibration, self._trim_arguments["num_samples"])
+    def _trim(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **more: Any) -> TrimResult:
+        """`trim` by the callback's arguments, on its calibration batches, with the other processes of the Trainer."""
+        batches = calibration_batches(trainer, pl_module, self.calibration, self._trim_arguments["num_samples"])
+        distributed = isinstance(trainer.strategy, DDPStrategy)
+        return trim(pl_module, batches, **self._trim_arguments, distributed=distributed, **more)
