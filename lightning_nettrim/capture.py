@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,8 +81,8 @@ def record(
     batches: Iterable[Inputs],
     *,
     flows: Mapping[str, Flow] | None = None,
-    inputs: bool = True,
-    outputs: bool = True,
+    inputs: Collection[str] | None = None,
+    outputs: Collection[str] | None = None,
     num_samples: int | Mapping[str, int],
     seed: int,
     stop: bool = False,
@@ -97,8 +97,8 @@ def record(
         layers: ``{name: layer}`` to record.
         batches: what `hold` returned.
         flows: how the layers are used; without them no residual sums are recorded.
-        inputs: record X.
-        outputs: record Z.
+        inputs: names of layers to record X of; ``None`` is all.
+        outputs: names of layers to record Z of; ``None`` is all.
         num_samples: rows kept per layer at most, of all layers or of each.
         seed: of the sample.
         stop: skip the rest of a forward pass once all layers were called as often as their flows say.
@@ -111,6 +111,7 @@ def record(
     """
     most = dict.fromkeys(layers, num_samples) if isinstance(num_samples, int) else num_samples
     reservoirs = {name: Reservoir(most[name], seed) for name in layers}
+    seeing, answering = (set(layers if names is None else names) for names in (inputs, outputs))
     sums = {name: flows[name].sums if flows else 0 for name in layers}
     waiting: dict[str, list[_Waiting]] = {name: [] for name in layers}
     expected = sum(flows[name].calls for name in layers) if flows and stop else 0
@@ -127,8 +128,8 @@ def record(
         seen = layer.see(args, kwargs, output)
         chosen, keys = reservoirs[name].pick(seen.count)
         call = _Waiting(layer, chosen, keys, sums[name])
-        call.X = seen.inputs(chosen) if inputs else None
-        call.Z = seen.outputs(chosen) if outputs else None
+        call.X = seen.inputs(chosen) if name in seeing else None
+        call.Z = seen.outputs(chosen) if name in answering else None
         if not call.sums:
             finish(name, call)
         else:
@@ -158,7 +159,7 @@ def record(
                 if calls:
                     raise ValueError(f"{name}: expected the residual sum that follows it in other batches, met none")
     return {
-        name: _tape(reservoir, inputs, outputs, sums[name] > 0)
+        name: _tape(reservoir, name in seeing, name in answering, sums[name] > 0)
         for name, reservoir in reservoirs.items()
         if reservoir.seen
     }

@@ -85,9 +85,13 @@ def _fields(path: str) -> dict[str, int]:
     return {word[0]: 1024 * int(word[1]) for word in words if len(word) == 3 and word[2] == "kB"}
 
 
-def to_record(layer: Layer, rows: int, inputs: bool = True) -> int:
-    """Bytes that the recording of a layer takes: a reservoir with up to twice the rows, and their copy."""
-    columns = layer.groups * ((layer.inputs if inputs else 0) + 2 * layer.outputs)
+def to_record(layer: Layer, rows: int, inputs: bool) -> int:
+    """Bytes that the recording of a layer takes: a reservoir with up to twice the rows, and their copy.
+
+    Of its inputs it is what it sees, what the layer before answers and what a residual sum adds; else what it answers
+    and what a residual sum adds.
+    """
+    columns = layer.groups * (2 * layer.inputs + layer.outputs if inputs else 2 * layer.outputs)
     return 3 * rows * columns * layer.parameter.element_size()
 
 
@@ -114,7 +118,7 @@ def rows_within(layer: Layer, rows: int, room: float) -> int:
     """As many rows of a layer, ``rows`` at most and LEAST_ROWS at least, as can be recorded and solved in a room."""
 
     def needed(count: int) -> int:
-        return max(to_record(layer, count), to_solve(layer, count))
+        return max(to_record(layer, count, True), to_record(layer, count, False), to_solve(layer, count))
 
     while rows > LEAST_ROWS and needed(rows) > room:
         rows = max(rows // 2, LEAST_ROWS)

@@ -53,7 +53,8 @@ class Pruner(Trained):
         held = self.signals.probe(size, self.settings.num_samples).held
         samples = min(size, self.settings.num_samples)
         settings = replace(self.settings, solver=solver, num_samples=samples)
-        smaller = Pruner(self.model, self.todo, held, settings, self.room, self.shelf)
+        rows = {name: min(samples, few) for name, few in self.signals.rows.items()}
+        smaller = Pruner(self.model, self.todo, held, settings, self.room, self.shelf, rows=rows)
         smaller.notes = self.notes  # whatever it has to do with less is told with the rest
         return smaller
 
@@ -135,11 +136,12 @@ class Pruner(Trained):
         if self.meter is not None:
             release()
             self.meter.lap()
-        fed = chained and before is not None
-        tapes = self.signals.tapes(*([before] if fed and before is not None else []), name)
+        source = before if chained else None
+        sources, fed = [] if source is None else [source], False
+        tapes = self.signals.tapes(*sources, name, inputs=[name], outputs=sources)
         self.trained.expect_calls(name, tapes[name].rows if name in tapes else 0, self.settings.ranks)
-        if fed and before is not None:
-            fed = self.signals.feeds(before, tapes.pop(before), tapes[name])
+        if source is not None:
+            fed = self.signals.feeds(source, tapes.pop(source), tapes[name])
         trained_signal = self.settings.scheme == "parallel" or before is None
         problem = self.pose(name, tapes.pop(name), wanted, trained_signal)
         solution, W, values, fallback = self._solve(name, problem, wanted, trained_signal)

@@ -135,11 +135,11 @@ class Rehearsal:
             self._trained = pruner.signals, probe.answers(last)[last]
         trained = self._trained[1]
         size = pruner.length(trained) or 1.0
-        fold, budget, tape = pruner.folds[name], pruner.todo.budgets[name], pruner.signals.tapes(name)[name]
+        fold, asked = pruner.folds[name], replace(pruner.todo.budgets[name], epsilon=None)
+        posed = pruner.pose(name, pruner.signals.tapes(name, outputs=()).pop(name), asked, True)
         spectrum, points = pruner.method.spectra.get(name, fold.W.device), {}
         for density in DENSITIES:
-            asked = replace(budget, sparsity=1 - density, epsilon=None)
-            problem = pruner.pose(name, tape, asked, True)
+            problem = replace(posed, sparsity=1 - density)
             if not problem.nonzeros:
                 continue
             solution = pruner.method.weighed(name, problem, QUICK, spectrum)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -46,11 +46,13 @@ class Signals:
 
     def answers(self, *names: str) -> dict[str, Tensor]:
         """``{name: (groups, P, M)}``: the responses of some layers, behind all that follows them."""
-        tapes = self.tapes(*names, inputs=False)
+        tapes = self.tapes(*names, inputs=())
         return {name: self.answer(name, tapes.pop(name)) for name in names if name in tapes}
 
-    def tapes(self, *names: str, inputs: bool = True, outputs: bool = True) -> dict[str, Tape]:
-        """What some layers see and answer, in one recording."""
+    def tapes(
+        self, *names: str, inputs: Collection[str] | None = None, outputs: Collection[str] | None = None
+    ) -> dict[str, Tape]:
+        """What some layers see and answer, or only what some of those see and others answer, in one recording."""
         layers = {name: self.todo.layers[name] for name in names}
         with self.ranks.together():
             return record(

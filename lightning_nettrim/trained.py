@@ -29,6 +29,9 @@ from lightning_nettrim.solvers import Solver
 
 log = logging.getLogger(__name__)
 
+CLOSE = 1.1
+"""Factor by which the memory that is found to be left differs between two runs alike."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -69,6 +72,7 @@ class Trained:
         shelf: where the trained responses, and spectra that serve again, wait.
         journal: what an earlier run has finished, and where this one writes.
         meter: of memory.
+        rows: of each layer, at most; ``None`` is as many of the samples as fit into the room.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class Trained:
         shelf: Shelf | None = None,
         journal: Journal | None = None,
         meter: Meter | None = None,
+        rows: Mapping[str, int] | None = None,
     ) -> None:
         self.model, self.todo, self.settings, self.journal = model, todo, settings, journal
         self.room, self.meter = room, meter
@@ -89,7 +94,9 @@ class Trained:
         self.folds = {
             name: Fold.of(layer, todo.flows[name], model, penalize_bias) for name, layer in todo.layers.items()
         }
-        rows = {name: rows_within(layer, settings.num_samples, room) for name, layer in todo.layers.items()}
+        common = "" if journal is None else self._cause(held)
+        rows = self._rows(common) if rows is None else dict(rows)
+        self.cause = "" if journal is None else digest(common, rows)
         self.signals = Signals(model, todo, self.folds, held, rows, settings.seed, settings.ranks)
         known = [name for name, layer in todo.norms.items() if layer is not None]
         self.norms = known if settings.recalibrate else []
@@ -109,7 +116,6 @@ class Trained:
         for name, few in rows.items():
             if self.trained.rows.get(name) == few < settings.num_samples:
                 self._note(f"{name}: {few} of {settings.num_samples} samples fit into max_memory")
-        self.cause = "" if journal is None else self._cause(held)
 
     def less(self, *names: str) -> None:
         """After memory did not suffice: half the samples of these layers, or of all, and half the inputs at a time."""
@@ -135,15 +141,33 @@ class Trained:
         log.warning("NetTrim: %s", text)
 
     def _cause(self, held: Held) -> str:
-        """The fingerprint of all that the answers come from, but for the budgets."""
+        """The fingerprint of all that the answers come from, but for the budgets and how many samples fit."""
         flows = {name: str(flow) for name, flow in self.todo.flows.items()}
         inputs = (tree_flatten(batch)[0] for batch in held)
         ranks, settings = self.settings.ranks, repr(replace(self.settings, ranks=ALONE))
         own = digest(
-            version("lightning_nettrim"), dict(self.model.state_dict()), settings, flows, dict(self.signals.rows),
+            version("lightning_nettrim"), dict(self.model.state_dict()), settings, flows,
             *(digest(leaves) for leaves in inputs),
         )  # fmt: skip
         return digest(ranks.gather(own))
+
+    def _rows(self, cause: str) -> dict[str, int]:
+        """Of each layer, as many as fit; where that is a close call, as many as an earlier run found to fit."""
+
+        def fitting(room: float) -> dict[str, int]:
+            most = self.settings.num_samples
+            return {name: rows_within(layer, most, room) for name, layer in self.todo.layers.items()}
+
+        rows, least, most = (fitting(factor * self.room) for factor in (1, 1 / CLOSE, CLOSE))
+        if self.journal is None or least == most:
+            return rows
+        entry, ranks = self.journal.read("how-many-samples", cause), self.settings.ranks
+        if ranks.all(entry is not None and all(least[n] <= few <= most[n] for n, few in entry[1].items())):
+            assert entry is not None
+            return dict(entry[1])
+        if ranks.rank == 0:
+            self.journal.write("how-many-samples", cause, {}, rows)
+        return rows
 
     @property
     def prunable(self) -> list[str]:

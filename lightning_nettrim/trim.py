@@ -100,7 +100,7 @@ def trim(
         max_memory: GiB beyond what is in use at the beginning, of the model's device (on the CPU, of the process), by
             which the rows of a layer and the layers recorded at a time are chosen; ``None`` is half of what is free.
         offload: where calibration inputs and trained responses wait: ``"device"``, ``"cpu"``, in the host's memory, or
-            ``"disk"``, in temporary files. What would take more than half of ``max_memory`` goes to disk in any case.
+            ``"disk"``, in temporary files. What exceeds a quarter of ``max_memory`` goes to disk in any case.
         on_failure: where a layer's solve fails (NaN, infeasible, or an answer outside its epsilon): ``"magnitude"``,
             prune it by magnitude and refit, or ``"dense"``, leave it as it is.
         folder: where each finished layer is written as it is finished, and found again by the next call with the same

@@ -159,7 +159,7 @@ def test_leading_dimensions_are_rows_and_rows_are_bounded_and_aligned():
     held = [((p,), {}) for p in x.split(8)]
     with evaluating(net):
         tapes = record(net, layers, held, num_samples=64, seed=0)
-        again = record(net, {"2": layers["2"]}, held, outputs=False, num_samples=64, seed=0)
+        again = record(net, {"2": layers["2"]}, held, outputs=(), num_samples=64, seed=0)
     assert tapes["0"].seen == 350
     assert tuple(tapes["0"].X.shape) == (64, 3)
     assert torch.equal(tapes["0"].Z.relu(), tapes["2"].X)

@@ -16,6 +16,7 @@ from torch import nn
 from lightning_nettrim import trim
 from lightning_nettrim.digest import digest
 from lightning_nettrim.journal import Journal
+from lightning_nettrim.memory import GIB
 from lightning_nettrim.prune import Pruner
 
 
@@ -77,6 +78,20 @@ def test_a_run_goes_on_to_the_same_network_to_the_bit(tmp_path, monkeypatch, at,
     assert [r.relative_error for r in resumed.reports] == [r.relative_error for r in result.reports]
     assert resumed.discrepancy_bound == result.discrepancy_bound
     assert len(asked) == 9 - at  # three curves, three rehearsals, three layers
+
+
+def test_a_close_call_of_memory_is_made_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("lightning_nettrim.trained.rows_within", lambda _, rows, room: rows if room > GIB else 100)
+    monkeypatch.setattr("lightning_nettrim.memory.Meter.lap", lambda self: 0)
+    whole, result = pruned(max_memory=1.02)
+    interrupted(tmp_path, 5, monkeypatch, max_memory=1.02)
+    again, resumed = pruned(tmp_path, max_memory=0.98)
+    assert same(again, whole)
+    assert resumed.notes == ("5 results are those of a run that was cut short",)
+    for folder in (None, tmp_path):
+        other, result = pruned(folder, max_memory=0.5)
+        assert not same(other, whole)
+        assert result.notes == tuple(f"{name}: 100 of 200 samples fit into max_memory" for name in ("1", "5", "7"))
 
 
 def test_trials_of_a_search_go_on_too(tmp_path, monkeypatch):
