@@ -15,8 +15,8 @@ from torch import Tensor
 OFFLOAD = ("device", "cpu", "disk")
 """Where tensors can wait."""
 
-RELEASE = 2**27
-"""Bytes that are put on a shelf between two times that freed memory is handed back."""
+RELEASE = 2**25
+"""Bytes that come to a shelf or from its files between two times that freed memory is handed back."""
 
 _trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
@@ -54,10 +54,7 @@ class Shelf:
     def put(self, tensors: Sequence[Tensor]) -> Kept:
         """Keep some tensors; they are let go with what is returned."""
         size = sum(t.numel() * t.element_size() for t in tensors)
-        self._unreleased += size
-        if self._unreleased > RELEASE:
-            release()
-            self._unreleased = 0
+        self.moved(size)
         if self.offload == "disk" or self.size + size > self.room:
             return Kept([], self._write(tensors), self)
         if self.offload == "cpu":
@@ -66,6 +63,13 @@ class Shelf:
         self.size += size
         weakref.finalize(kept, self._lighter, size)
         return kept
+
+    def moved(self, size: int) -> None:
+        """Count bytes that come or go, and hand freed memory back from time to time."""
+        self._unreleased += size
+        if self._unreleased > RELEASE:
+            release()
+            self._unreleased = 0
 
     def _lighter(self, size: int) -> None:
         self.size -= size
@@ -98,9 +102,11 @@ class Kept:
 
     def load(self) -> list[Tensor]:
         """The tensors, wherever they were put; from a file, in memory of their own."""
-        if self._path is None:
+        if self._path is None or self._shelf is None:
             return self._tensors
         from safetensors.torch import load
 
-        found = load(self._path.read_bytes())
+        content = self._path.read_bytes()
+        self._shelf.moved(len(content))
+        found = load(content)
         return [found[str(i)] for i in range(len(found))]

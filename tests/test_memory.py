@@ -75,6 +75,22 @@ def test_a_shelf_knows_what_it_holds():
     assert shelf.size == 400
 
 
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_memory_is_handed_back_from_time_to_time(monkeypatch, offload):
+    moved = []
+    monkeypatch.setattr("lightning_nettrim.shelf.RELEASE", 4000)
+    monkeypatch.setattr("lightning_nettrim.shelf.release", lambda: moved.append(len(put) + len(read)))
+    shelf, put, read = Shelf(offload), [], []
+    for _ in range(10):
+        put.append(shelf.put([torch.ones(200)]))
+    assert moved == [5]
+    moved.clear()
+    for kept in put:
+        read += kept.load()
+    assert moved == ([] if offload == "cpu" else [10, 15])  # a file is a little longer than what is in it
+    assert all(torch.equal(t, torch.ones(200)) for t in read)
+
+
 def test_another_offload_is_refused():
     with pytest.raises(ValueError, match="offload: expected 'device' or 'cpu' or 'disk', got 'gpu'"):
         pruned(offload="gpu")
