@@ -144,6 +144,8 @@ class Pruner(Trained):
             fed = self.signals.feeds(source, tapes.pop(source), tapes[name])
         trained_signal = self.settings.scheme == "parallel" or before is None
         problem = self.pose(name, tapes.pop(name), wanted, trained_signal)
+        if self.meter is not None:
+            release()  # the holes that the recording has left do not fit what a solve needs
         solution, W, values, fallback = self._solve(name, problem, wanted, trained_signal)
         error = 0.0
         if chained and before is None:
