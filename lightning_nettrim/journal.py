@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_nettrim.digest import digest
+from lightning_nettrim.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -22,20 +23,28 @@ class Journal:
 
     An entry has a name, by which its file is called, and a cause: the fingerprint of everything it was computed from.
     It is read back for the same cause only, and only if its own contents are what was written. Where a file cannot be
-    written, the run goes on without.
+    written, the run goes on without. Of several processes the first one writes; an entry is read by all or by none.
 
     Args:
         folder: of the files; it is made with the first one.
         others: folders of earlier runs, in which an entry is looked for as well.
+        ranks: the processes that use them together.
     """
 
-    def __init__(self, folder: Path, others: Sequence[Path] = ()) -> None:
+    def __init__(self, folder: Path, others: Sequence[Path] = (), ranks: Ranks = ALONE) -> None:
         self.folder, self._others = folder, [other for other in others if other != folder]
         self.used = 0  # entries that were read back
-        self._writable = True
+        self._ranks, self._writable = ranks, ranks.rank == 0
 
     def read(self, name: str, cause: str) -> tuple[dict[str, Tensor], Any] | None:
         """The tensors and the facts of an entry; ``None`` where there is none for this cause."""
+        found = self._find(name, cause)
+        if not self._ranks.all(found is not None):
+            return None
+        self.used += 1
+        return found
+
+    def _find(self, name: str, cause: str) -> tuple[dict[str, Tensor], Any] | None:
         for folder in (self.folder, *self._others):
             path = folder / _file(name)
             if not path.exists():
@@ -46,7 +55,6 @@ class Journal:
                 log.warning("NetTrim: %s cannot be read (%s): computed again", path, error)
                 continue
             if found is not None:
-                self.used += 1
                 return found
             if folder == self.folder:
                 log.warning("NetTrim: %s is of another network, other data or other settings: computed again", path)

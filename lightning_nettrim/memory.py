@@ -12,6 +12,7 @@ import torch
 
 from lightning_nettrim.layers import Layer
 from lightning_nettrim.ranks import ALONE, Exhausted, Ranks, is_out_of_memory
+from lightning_nettrim.shelf import release
 
 T = TypeVar("T")
 
@@ -50,11 +51,12 @@ class Meter:
         self._reset()
 
     def lap(self) -> int:
-        """Bytes above those at the beginning, at most since the last lap."""
+        """Bytes above those at the beginning, at most since the last lap; what is free does not count in the next."""
         if self._device.type == "cuda":
             high = torch.cuda.max_memory_allocated(self._device)
         else:
             high = _fields("/proc/self/status").get("VmHWM", 0)
+        release()
         self._reset()
         lap = max(high - self._base, 0)
         self.peak = max(self.peak, lap)

@@ -134,7 +134,6 @@ class Pruner(Trained):
         """
         began = time.perf_counter()
         if self.meter is not None:
-            release()
             self.meter.lap()
         source = before if chained else None
         sources, fed = [] if source is None else [source], False
@@ -144,8 +143,7 @@ class Pruner(Trained):
             fed = self.signals.feeds(source, tapes.pop(source), tapes[name])
         trained_signal = self.settings.scheme == "parallel" or before is None
         problem = self.pose(name, tapes.pop(name), wanted, trained_signal)
-        if self.meter is not None:
-            release()  # the holes that the recording has left do not fit what a solve needs
+        release()  # the holes that the recording has left do not fit what a solve needs
         solution, W, values, fallback = self._solve(name, problem, wanted, trained_signal)
         error = 0.0
         if chained and before is None:
@@ -161,7 +159,7 @@ class Pruner(Trained):
     def _known(self, name: str, cause: str) -> Answer | None:
         """A layer's answer in the journal."""
         entry = None if self.journal is None else self.journal.read(name, cause)
-        if not self.settings.ranks.all(entry is not None) or entry is None:
+        if entry is None:
             return None
         values, facts = entry
         report = LayerReport(**{**facts["report"], "shape": tuple(facts["report"]["shape"])})
@@ -169,7 +167,7 @@ class Pruner(Trained):
         return Answer({key: value.to(device) for key, value in values.items()}, report, facts["error"], facts["fed"])
 
     def _remember(self, name: str, cause: str, answer: Answer) -> None:
-        if self.journal is not None and self.settings.ranks.rank == 0:
+        if self.journal is not None:
             facts = {"report": asdict(answer.report), "error": answer.error, "fed": answer.fed}
             self.journal.write(name, cause, answer.values, facts)
 

@@ -118,11 +118,10 @@ class Rehearsal:
         """What the journal holds, or what is computed now, with less where memory does not suffice."""
         journal, cause = self.pruner.journal, digest(self.pruner.cause, about)
         entry = None if journal is None else journal.read(name, cause)
-        ranks = self.pruner.settings.ranks
-        if ranks.all(entry is not None) and entry is not None:
+        if entry is not None:
             return entry[1]
-        found = with_less(compute, self.pruner.less, ranks)
-        if journal is not None and ranks.rank == 0:
+        found = with_less(compute, self.pruner.less, self.pruner.settings.ranks)
+        if journal is not None:
             journal.write(name, cause, {}, found)
         return found
 

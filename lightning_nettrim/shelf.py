@@ -18,7 +18,7 @@ OFFLOAD = ("device", "cpu", "disk")
 RELEASE = 2**25
 """Bytes that come to a shelf or from its files between two times that freed memory is handed back."""
 
-_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 
 def release() -> None:
@@ -26,8 +26,8 @@ def release() -> None:
 
     Tensors of a size come and go while others stay; glibc leaves holes that the next, aligned, just does not fit.
     """
-    if _trim is not None:
-        _trim(0)
+    if _malloc_trim is not None:
+        _malloc_trim(0)
 
 
 class Shelf:
@@ -56,7 +56,7 @@ class Shelf:
         size = sum(t.numel() * t.element_size() for t in tensors)
         self.moved(size)
         if self.offload == "disk" or self.size + size > self.room:
-            return Kept([], self._write(tensors), self)
+            return Kept([], (self._write(tensors), self))
         if self.offload == "cpu":
             tensors = [t.cpu() for t in tensors]
         kept = Kept([t.detach() for t in tensors])
@@ -91,22 +91,22 @@ class Kept:
 
     Args:
         tensors: themselves, or none if they are in a file.
-        path: of that file, which is removed with this object.
-        shelf: whose folder has to be there as long.
+        file: its path, which is removed with this object, and the shelf whose folder has to be there as long.
     """
 
-    def __init__(self, tensors: list[Tensor], path: Path | None = None, shelf: Shelf | None = None) -> None:
-        self._tensors, self._path, self._shelf = tensors, path, shelf
-        if path is not None:
-            weakref.finalize(self, path.unlink, missing_ok=True)
+    def __init__(self, tensors: list[Tensor], file: tuple[Path, Shelf] | None = None) -> None:
+        self._tensors, self._file = tensors, file
+        if file is not None:
+            weakref.finalize(self, file[0].unlink, missing_ok=True)
 
     def load(self) -> list[Tensor]:
         """The tensors, wherever they were put; from a file, in memory of their own."""
-        if self._path is None or self._shelf is None:
+        if self._file is None:
             return self._tensors
         from safetensors.torch import load
 
-        content = self._path.read_bytes()
-        self._shelf.moved(len(content))
+        path, shelf = self._file
+        content = path.read_bytes()
+        shelf.moved(len(content))
         found = load(content)
         return [found[str(i)] for i in range(len(found))]

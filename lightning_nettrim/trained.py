@@ -94,9 +94,9 @@ class Trained:
         self.folds = {
             name: Fold.of(layer, todo.flows[name], model, penalize_bias) for name, layer in todo.layers.items()
         }
-        common = "" if journal is None else self._cause(held)
-        rows = self._rows(common) if rows is None else dict(rows)
-        self.cause = "" if journal is None else digest(common, rows)
+        cause = "" if journal is None else self._cause(held)
+        rows = self._rows(cause) if rows is None else dict(rows)
+        self.cause = digest(cause, rows)
         self.signals = Signals(model, todo, self.folds, held, rows, settings.seed, settings.ranks)
         known = [name for name, layer in todo.norms.items() if layer is not None]
         self.norms = known if settings.recalibrate else []
@@ -161,12 +161,10 @@ class Trained:
         rows, least, most = (fitting(factor * self.room) for factor in (1, 1 / CLOSE, CLOSE))
         if self.journal is None or least == most:
             return rows
-        entry, ranks = self.journal.read("how-many-samples", cause), self.settings.ranks
-        if ranks.all(entry is not None and all(least[n] <= few <= most[n] for n, few in entry[1].items())):
-            assert entry is not None
+        entry = self.journal.read("how-many-samples", cause)
+        if entry is not None and all(least[name] <= few <= most[name] for name, few in entry[1].items()):
             return dict(entry[1])
-        if ranks.rank == 0:
-            self.journal.write("how-many-samples", cause, {}, rows)
+        self.journal.write("how-many-samples", cause, {}, rows)
         return rows
 
     @property

@@ -21,7 +21,7 @@ from lightning_nettrim.ranks import ALONE, Group
 from lightning_nettrim.rehearse import Rehearsal
 from lightning_nettrim.report import LayerReport, Trial, TrimResult
 from lightning_nettrim.sample import hold
-from lightning_nettrim.shelf import Shelf, release
+from lightning_nettrim.shelf import Shelf
 from lightning_nettrim.solvers import Solver
 from lightning_nettrim.tolerance import DENSEST, SPARSEST, sparsest
 from lightning_nettrim.trained import Settings
@@ -149,13 +149,12 @@ def trim(
     ranks.share(model.buffers())
     with ranks.together():
         held = hold(model, batches, num_samples, seed, shelf)
-    release()
     meter.lap()  # what the holding took for a while is not there any more
     todo = choose(model, held, common, targets, ignore, per_layer, ranks)
     settings = Settings(
         scheme, solver, num_samples, seed, penalize_bias, importance, recalibrate_batchnorm, on_failure, ranks
     )  # fmt: skip
-    journal = None if folder is None else Journal(Path(folder), [Path(other) for other in resume_from])
+    journal = None if folder is None else Journal(Path(folder), [Path(other) for other in resume_from], ranks)
     waits = shelf.room - shelf.size if on_device else 0.0
     held_too = beside(todo.layers.values(), num_samples, waits, scheme == "parallel")
     room = min(ranks.gather(limit - meter.lap() - held_too))
