@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import convex, memory, networks, oneshot, ranks
+from benchmarks import convex, llama, memory, networks, oneshot, ranks
 from benchmarks.peers import Unavailable
 from benchmarks.picture import draw, draw_accuracy
 from benchmarks.report import Row, header, line, titles, write
@@ -34,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if benchmark == "networks":
         several = {name: tuple(settings[name]) for name in ("networks", "budgets")}
         _pruning(networks, networks.Settings(**{**settings, **several}), benchmark)
+        return
+    if benchmark == "llama":
+        _pruning(llama, llama.Settings(**{**settings, "budgets": tuple(settings["budgets"])}), benchmark)
         return
     if benchmark == "memory":
         several = {name: tuple(settings[name]) for name in ("limits", "targets")}
@@ -109,6 +112,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=int, help="of training; those of the recipes if not given")
     command.add_argument("--samples", type=int, default=small.samples, help="images (default %(default)s)")
     command.add_argument("--budgets", type=float, nargs="+", default=[*small.budgets], help="sparsities")
+    command = commands.add_parser("llama", help="the recipe's small Llama on characters, by every method")
+    text = llama.Settings()
+    command.add_argument("--out", type=Path, default=text.out, help="folder of the results (default %(default)s)")
+    command.add_argument("--epochs", type=int, help="of training; those of the recipe if not given")
+    command.add_argument("--samples", type=int, default=text.samples, help="windows of text (default %(default)s)")
+    command.add_argument("--budgets", type=float, nargs="+", default=[*text.budgets], help="sparsities")
     command = commands.add_parser("memory", help="the peak while a large network is pruned, against max_memory")
     large = memory.Settings()
     command.add_argument("--out", type=Path, default=large.out, help="folder of the results (default %(default)s)")

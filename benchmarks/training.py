@@ -14,7 +14,7 @@ from recipes.data import MNIST
 Model = TypeVar("Model", bound=pl.LightningModule)
 
 
-def trained(model: Model, data: MNIST, path: Path, epochs: int) -> Model:
+def trained(model: Model, data: pl.LightningDataModule, path: Path, epochs: int) -> Model:
     """The model after so many epochs, read from the file where it was trained before."""
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))

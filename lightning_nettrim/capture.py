@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,10 @@ from torch.utils._pytree import tree_flatten
 
 from lightning_nettrim.flow import BATCH_NORMS, Flow, Point, Tracer
 from lightning_nettrim.layers import Layer, Seen
-from lightning_nettrim.sample import Inputs, Reservoir, forward
+from lightning_nettrim.padding import PaddingMasks
+from lightning_nettrim.replay import AmbiguousBatch, Replay
+from lightning_nettrim.sample import Reservoir
+from lightning_nettrim.usage import DirectProducts
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,22 +40,6 @@ class Tape:
     def rows(self) -> int:
         """P."""
         return next(len(t) for t in (self.X, self.Z) if t is not None)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """A `with` in which the model is in evaluation mode, on the paths that hooks see; every mode is put back."""
-    modes = [(module, module.training) for module in model.modules()]
-    fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes:
-            module.training = training
 
 
 class _Enough(BaseException):
@@ -78,7 +66,7 @@ def listening(
 def record(
     model: nn.Module,
     layers: Mapping[str, Layer],
-    batches: Iterable[Inputs],
+    replays: Iterable[Replay],
     *,
     flows: Mapping[str, Flow] | None = None,
     inputs: Collection[str] | None = None,
@@ -91,11 +79,12 @@ def record(
 
     Positions that pass a layer are chosen by their number in the stream alone: two recordings of one layer over the
     same batches hold the same rows, whatever weights the model has by then. Only chosen ones are laid out as rows.
+    Padded tokens are no positions.
 
     Args:
         model: the model, in evaluation mode.
         layers: ``{name: layer}`` to record.
-        batches: what `hold` returned.
+        replays: what `hold` returned.
         flows: how the layers are used; without them no residual sums are recorded.
         inputs: names of layers to record X of; ``None`` is all.
         outputs: names of layers to record Z of; ``None`` is all.
@@ -126,7 +115,9 @@ def record(
 
     def listen(name: str, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         seen = layer.see(args, kwargs, output)
-        chosen, keys = reservoirs[name].pick(seen.count)
+        kept = masks.kept(seen.shape)
+        chosen, keys = reservoirs[name].pick(seen.count if kept is None else len(kept))
+        chosen = chosen if kept is None else kept[chosen]
         call = _Waiting(layer, chosen, keys, sums[name])
         call.X = seen.inputs(chosen) if name in seeing else None
         call.Z = seen.outputs(chosen) if name in answering else None
@@ -146,15 +137,17 @@ def record(
             finish(name, call)
 
     tracer = Tracer(model, summed)
-    with listening(layers, listen), tracer if any(sums.values()) else ExitStack():
-        for batch in batches:
+    followed = PaddingMasks().followed(model)
+    with followed as masks, listening(layers, listen), tracer if any(sums.values()) else ExitStack():
+        for replay in replays:
             finished = 0
             try:
-                forward(model, batch)
+                replay(model)
             except _Enough:
                 pass
             finally:
                 tracer.forget()
+                masks.forget()
             for name, calls in waiting.items():
                 if calls:
                     raise ValueError(f"{name}: expected the residual sum that follows it in other batches, met none")
@@ -172,13 +165,17 @@ class Course:
     Attributes:
         flows: of the layers that were reached, in order of first execution.
         unusable: why the calls of the others that were reached are not their weights times what they see.
+        direct: names of parameters that are multiplied outside the forward of a layer.
         norms: the BatchNorms with running statistics, in order of first execution, each with the layer that was last
             called before it.
+        rows: positions of each layer in all batches together.
     """
 
     flows: dict[str, Flow]
     unusable: dict[str, str]
+    direct: list[str]
     norms: dict[str, str | None]
+    rows: dict[str, int]
 
     def described(self) -> dict[str, str]:
         """All of it in words, however often a layer is called."""
@@ -186,7 +183,7 @@ class Course:
         return flows | self.unusable | {name: f"behind {layer}" for name, layer in self.norms.items()}
 
 
-def watch(model: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Inputs]) -> Course:
+def watch(model: nn.Module, layers: Mapping[str, Layer], replays: Iterable[Replay]) -> Course:
     """Let held batches flow and see what each layer's output meets, in order of first execution.
 
     A call is followed through a BatchNorm with running statistics, residual sums and max-pooling to a rectifier, as
@@ -196,12 +193,13 @@ def watch(model: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Input
     Raises:
         ValueError: if the model does not take a batch.
     """
-    tracer = Tracer(model)
+    tracer, products = Tracer(model), DirectProducts(model, layers)
     points: dict[str, list[Point]] = {}
     flows: dict[str, list[Flow]] = {}
     calls: dict[str, int] = {}
     unusable: dict[str, str] = {}
     passes: dict[str, int] = {}
+    rows: Counter[str] = Counter()
     behind: dict[str, str | None] = {}
     last: str | None = None
 
@@ -219,6 +217,7 @@ def watch(model: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Input
         first = not points[name] and not flows[name]
         try:
             seen = layer.see(args, kwargs, output)
+            rows[name] += seen.count
             tensor = seen.tensor if not first or _is_product(layer, seen) else None
         except ValueError as error:
             unusable[name] = str(error)
@@ -232,20 +231,22 @@ def watch(model: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Input
             points[name].append(tracer.follow(tensor, name, None, layer.channels(tensor)))
         last = last if name in unusable else name
 
-    with listening(layers, listen), ExitStack() as stack:
+    with listening(layers, listen), products.following(), ExitStack() as stack:
         for name, module in model.named_modules():
             if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
                 stack.callback(module.register_forward_pre_hook(pass_by(name)).remove)
-        for batch in batches:
+        for replay in replays:
             try:
-                with tracer:
-                    result = forward(model, batch)
+                with tracer, products:
+                    result = replay(model)
+            except AmbiguousBatch:
+                raise
             except Exception as error:
-                shapes = [tuple(leaf.shape) for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)]
                 raise ValueError(
-                    f"expected batches that {type(model).__name__}.forward takes, got inputs of shapes {shapes}, on"
-                    f" which it raised {type(error).__name__}: {error}. Of a tuple the first element is passed, of a"
-                    " mapping the entries that forward names: yield batches of that form"
+                    f"expected batches that {type(model).__name__}.forward takes, got inputs of shapes"
+                    f" {replay.shapes()}, on which it raised {type(error).__name__}: {error}. Of a tuple as many"
+                    " elements are passed as forward requires, of a mapping the entries that it names: yield batches of"
+                    " that form, or pass forward=lambda model, batch: ..."
                 ) from error
             for leaf in tree_flatten(result)[0]:
                 if isinstance(leaf, Tensor):
@@ -255,13 +256,16 @@ def watch(model: nn.Module, layers: Mapping[str, Layer], batches: Iterable[Input
                 flows[name] += [point.flow() for point in called]
                 called.clear()
             tracer.forget()
+    for name, layer in layers.items():
+        if layer.names(bias=False)[0] in products.found and (name in flows or name not in unusable):
+            unusable[name] = "its weight is used by an operation outside its own forward, which hooks do not see"
     found = {}
     for name, met in flows.items():
         alike = all(flow.same(met[0]) for flow in met)
         alone = met[0].norm is None or passes[met[0].norm] == len(met)
         if name not in unusable:
             found[name] = replace(met[0], calls=calls[name]) if alike and alone else Flow(calls[name])
-    return Course(found, unusable, behind)
+    return Course(found, unusable, sorted(products.found), behind, dict(rows))
 
 
 def _is_product(layer: Layer, seen: Seen, positions: int = 16) -> bool:

@@ -77,7 +77,7 @@ class Fold:
     @property
     def written(self) -> list[str]:
         """Names of the parameters that a solve may change."""
-        return [*self.layer.names(), *([] if self.shifted is None else [self.shifted])]
+        return [*self.layer.written, *([] if self.shifted is None else [self.shifted])]
 
     def fold(self, W: Tensor) -> Tensor:
         """``(groups, N or N + 1, M)`` from the layer's own matrices."""

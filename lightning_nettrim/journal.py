@@ -33,7 +33,9 @@ class Journal:
 
     def __init__(self, folder: Path, others: Sequence[Path] = (), ranks: Ranks = ALONE) -> None:
         self.folder, self._others = folder, [other for other in others if other != folder]
-        self.used = 0  # entries that were read back
+        self.used = 0  # entries of earlier runs that were read back
+        self._own: set[tuple[str, str]] = set()  # names and causes of the entries of this run
+        self.reused: list[Path] = []  # files of other folders that were read back
         self._ranks, self._writable = ranks, ranks.rank == 0
 
     def read(self, name: str, cause: str) -> tuple[dict[str, Tensor], Any] | None:
@@ -41,10 +43,14 @@ class Journal:
         found = self._find(name, cause)
         if not self._ranks.all(found is not None):
             return None
-        self.used += 1
-        return found
+        assert found is not None
+        tensors, facts, path = found
+        if path.parent != self.folder:
+            self.reused.append(path)
+        self.used += (name, cause) not in self._own
+        return tensors, facts
 
-    def _find(self, name: str, cause: str) -> tuple[dict[str, Tensor], Any] | None:
+    def _find(self, name: str, cause: str) -> tuple[dict[str, Tensor], Any, Path] | None:
         for folder in (self.folder, *self._others):
             path = folder / _file(name)
             if not path.exists():
@@ -55,13 +61,14 @@ class Journal:
                 log.warning("NetTrim: %s cannot be read (%s): computed again", path, error)
                 continue
             if found is not None:
-                return found
+                return *found, path
             if folder == self.folder:
                 log.warning("NetTrim: %s is of another network, other data or other settings: computed again", path)
         return None
 
     def write(self, name: str, cause: str, tensors: Mapping[str, Tensor], facts: Any) -> None:
         """Add an entry, in place of one of the same name."""
+        self._own.add((name, cause))
         if not self._writable:
             return
         path = self.folder / _file(name)
@@ -71,12 +78,14 @@ class Journal:
             self._writable = False
             log.warning("NetTrim: %s cannot be written (%s): going on, but an interruption will cost all", path, error)
 
-    def clear(self) -> None:
-        """Remove the entries of this run's folder."""
-        for path in self.folder.glob("*.safetensors*"):
-            path.unlink(missing_ok=True)
-        if self.folder.exists() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+
+def clear(folder: Path, reused: Sequence[Path] = ()) -> None:
+    """Remove the entries of a finished run, and those of earlier runs that it has read: they have served."""
+    for path in [*folder.glob("*.safetensors*"), *reused]:
+        path.unlink(missing_ok=True)
+    for parent in {folder, *(path.parent for path in reused)}:
+        if parent.exists() and not any(parent.iterdir()):
+            parent.rmdir()
 
 
 def _file(name: str) -> str:

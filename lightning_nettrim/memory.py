@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -103,16 +103,15 @@ def to_solve(layer: Layer, rows: int) -> int:
     return 4 * layer.groups * (3 * rows * N + 10 * rows * M + 12 * N * min(N, rows) + 10 * N * M)
 
 
-def beside(layers: Iterable[Layer], rows: int, room: float, spectra: bool) -> float:
+def beside(layers: Mapping[str, Layer], rows: Mapping[str, int], room: float, spectra: bool) -> float:
     """Bytes that are held all the time: three copies of the weights, and what waits in a room in memory.
 
     Those are the responses and, if all layers' are kept, the spectra.
     """
-    known = list(layers)
-    weights = sum(layer.parameter.numel() * layer.parameter.element_size() for layer in known)
-    waiting = sum(4 * rows * layer.groups * layer.outputs for layer in known)
+    weights = sum(layer.parameter.numel() * layer.parameter.element_size() for layer in layers.values())
+    waiting = sum(4 * rows[name] * layer.groups * layer.outputs for name, layer in layers.items())
     if spectra:
-        waiting += sum(4 * layer.groups * layer.inputs * min(layer.inputs, rows) for layer in known)
+        waiting += sum(4 * a.groups * a.inputs * min(a.inputs, rows[name]) for name, a in layers.items())
     return 3 * weights + min(waiting, room)
 
 

@@ -12,25 +12,25 @@ from torch import Tensor, nn
 
 from lightning_nettrim.layers import joined
 from lightning_nettrim.ranks import ALONE, Ranks
-from lightning_nettrim.sample import Inputs, forward
+from lightning_nettrim.replay import Replay
 
 Moments = tuple[int, Tensor, Tensor]  # number, mean and variance of a sample, channel by channel
 
 
-def reestimated(model: nn.Module, name: str, batches: Iterable[Inputs], ranks: Ranks = ALONE) -> dict[str, Tensor]:
+def reestimated(model: nn.Module, name: str, replays: Iterable[Replay], ranks: Ranks = ALONE) -> dict[str, Tensor]:
     """The mean and the variance of what one BatchNorm sees, under the names of its running statistics."""
-    ((_, (mean, variance)),) = _statistics(model, [name], batches, ranks).items()
+    ((_, (mean, variance)),) = _statistics(model, [name], replays, ranks).items()
     return {joined(name, "running_mean"): mean, joined(name, "running_var"): variance}
 
 
-def moved(model: nn.Module, names: Sequence[str], batches: Iterable[Inputs], ranks: Ranks = ALONE) -> dict[str, Tensor]:
+def moved(model: nn.Module, names: Sequence[str], replays: Iterable[Replay], ranks: Ranks = ALONE) -> dict[str, Tensor]:
     """The same of several, each with the scale and shift by which it goes on answering as it did.
 
     γ′ = γσ′/σ and β′ = β + (μ′ − μ)γ/σ. One without scale and shift keeps its statistics.
     """
     values: dict[str, Tensor] = {}
     affine = [name for name in names if model.get_submodule(name).weight is not None]
-    for name, (mean, variance) in _statistics(model, affine, batches, ranks).items():
+    for name, (mean, variance) in _statistics(model, affine, replays, ranks).items():
         norm: Any = model.get_submodule(name)
         old, new = (norm.running_var.double() + norm.eps).sqrt(), (variance + norm.eps).sqrt()
         gamma, beta = norm.weight.double(), norm.bias.double()
@@ -44,7 +44,7 @@ def moved(model: nn.Module, names: Sequence[str], batches: Iterable[Inputs], ran
 
 
 def _statistics(
-    model: nn.Module, names: Sequence[str], batches: Iterable[Inputs], ranks: Ranks
+    model: nn.Module, names: Sequence[str], replays: Iterable[Replay], ranks: Ranks
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """``{name: (mean, variance)}`` of what the modules see, in each channel, over all processes, in float64."""
     found: dict[str, Moments] = {}
@@ -62,8 +62,8 @@ def _statistics(
         for name in names:
             stack.callback(model.get_submodule(name).register_forward_pre_hook(listen(name)).remove)
         if names:
-            for batch in batches:
-                forward(model, batch)
+            for replay in replays:
+                replay(model)
     everywhere = {name: reduce(_pooled, _of_all(moments, ranks)) for name, moments in found.items()}
     return {name: (mean, variance * n / max(n - 1, 1)) for name, (n, mean, variance) in everywhere.items()}
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from torch import nn
+from torch.nn.parameter import is_lazy
 
-from lightning_nettrim.capture import evaluating, watch
+from lightning_nettrim.capture import watch
 from lightning_nettrim.flow import Flow
-from lightning_nettrim.layers import Layer, per_layer_options, prunable
+from lightning_nettrim.layers import LEFT_OUT, Layer, joined, per_layer_options, prunable
 from lightning_nettrim.pattern import Pattern
 from lightning_nettrim.ranks import ALONE, Ranks
+from lightning_nettrim.replay import Replay, evaluating
 from lightning_nettrim.report import SkippedLayer
-from lightning_nettrim.sample import Inputs
 from lightning_nettrim.shelf import OFFLOAD
 from lightning_nettrim.solvers import Solver
 
@@ -48,7 +49,7 @@ class Budget:
             object.__setattr__(self, "sparsity", fixed)
         if (self.epsilon is None) == (self.sparsity is None):
             both = f"epsilon={self.epsilon} and sparsity={self.sparsity}"
-            raise ValueError(f"expected exactly one of epsilon and sparsity, got {both}: set one of them")
+            raise ValueError(f"expected one of epsilon and sparsity for a layer, got {both}: set one of them")
         if self.epsilon is not None and not 0 < self.epsilon < float("inf"):
             raise ValueError(f"epsilon: expected > 0 (0.05 is 5 % of a layer's response), got {self.epsilon}")
         if self.sparsity is not None and not 0 <= self.sparsity < 1:
@@ -68,7 +69,8 @@ class Plan:
     """What `trim` is going to do: the layers in order of execution, each with its use and budget, and the rest.
 
     ``shared`` are the layers without a budget of their own, over which an allocation spreads the common one. ``norms``
-    are the BatchNorms in order of execution, each with the pruned layer that ran last before it.
+    are the BatchNorms in order of execution, each with the pruned layer that ran last before it. ``rows`` are all
+    positions of each layer on the calibration set of this process.
     """
 
     layers: dict[str, Layer]
@@ -77,6 +79,7 @@ class Plan:
     skipped: tuple[SkippedLayer, ...]
     shared: tuple[str, ...]
     norms: dict[str, str | None]
+    rows: dict[str, int]
 
 
 def override(common: Budget, options: Mapping[str, float | bool | str]) -> Budget:
@@ -114,6 +117,7 @@ def check_arguments(
     refit: bool,
     per_layer: Options | None,
     num_samples: int,
+    max_rows: int | None,
     penalize_bias: bool,
     plan: str | Path | None,
     max_memory: float | None,
@@ -128,7 +132,7 @@ def check_arguments(
     """
     amounts: dict[str, Any] = {
         "epsilon": epsilon, "sparsity": sparsity, "max_drop": max_drop, "num_samples": num_samples,
-        "max_memory": max_memory,
+        "max_rows": max_rows, "max_memory": max_memory,
     }  # fmt: skip
     for name, amount in amounts.items():
         if isinstance(amount, str):
@@ -138,6 +142,14 @@ def check_arguments(
             f"plan: expected no epsilon, sparsity or max_drop beside it, got {epsilon}, {sparsity} and {max_drop}:"
             " edit the plan"
         )
+    given = {"epsilon": epsilon, "sparsity": sparsity, "max_drop": max_drop, "plan": plan}
+    if all(value is None for value in given.values()) and Pattern(pattern).sparsity is None:
+        raise ValueError(
+            "expected one of sparsity, epsilon, max_drop, plan and an n:m pattern, got none: sparsity=0.8 makes four of"
+            " five weights zero"
+        )
+    if epsilon is not None and sparsity is not None:
+        raise ValueError(f"expected one of sparsity and epsilon, got sparsity={sparsity} and epsilon={epsilon}: choose")
     if plan is not None:
         common = Budget(None, 0.0, refit)
     elif max_drop is None:
@@ -167,6 +179,8 @@ def check_arguments(
         raise ValueError(f"max_memory: expected > 0 (GiB; 2 is two of them), got {max_memory}")
     if num_samples < MIN_SAMPLES:
         raise ValueError(f"num_samples: expected at least {MIN_SAMPLES}, got {num_samples}: a few thousand are usual")
+    if max_rows is not None and max_rows < MIN_SAMPLES:
+        raise ValueError(f"max_rows: expected at least {MIN_SAMPLES}, got {max_rows}: a few thousand are usual")
     budgets = [common, *(override(common, options) for options in (per_layer or {}).values())]
     for budget in budgets:
         if budget.epsilon is not None and budget.pattern != "unstructured" and (solver is None or solver.convex):
@@ -198,7 +212,7 @@ def budgets_of(layers: Mapping[str, Layer], common: Budget, per_layer: Options |
 
 def choose(
     model: nn.Module,
-    batches: Sequence[Inputs],
+    replays: Sequence[Replay],
     common: Budget,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
@@ -215,23 +229,65 @@ def choose(
     budgets = budgets_of(layers, common, per_layer)
     own = per_layer_options(per_layer, layers)
     with ranks.together(), evaluating(model):
-        course = watch(model, layers, batches)
+        course = watch(model, layers, replays)
     ranks.agree(course.described())
     flows, unusable = course.flows, course.unusable
     skipped |= unusable
     skipped |= {
         name: "never called in the forward pass" for name in layers if name not in flows and name not in unusable
     }
+    skipped |= _direct(model, course.direct, {*layers, *skipped})
     if not flows:
-        raise ValueError(f"expected a layer that the forward pass reaches, got none of {', '.join(layers)}")
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise ValueError(f"expected a layer that the forward pass reaches, got none ({reasons})")
     return Plan(
         {name: layers[name] for name in flows},
         flows,
         {name: budgets[name] for name in flows},
-        tuple(SkippedLayer(name, reason) for name, reason in skipped.items()),
+        tuple(SkippedLayer(name, reason, _weights(model, name, course.direct)) for name, reason in skipped.items()),
         tuple(name for name in flows if not _own(own[name]) and Pattern(budgets[name].pattern).sparsity is None),
         course.norms,
+        course.rows,
     )
+
+
+def _direct(model: nn.Module, names: Sequence[str], known: Collection[str]) -> dict[str, str]:
+    """The reason for each module, by name, that multiplies by parameters of its own and is no known layer."""
+    reasons = {}
+    for name in names:
+        path, _, key = name.rpartition(".")
+        module = model.get_submodule(path)
+        within = any(f"{path}.".startswith(f"{layer}.") for layer in known if layer)
+        if not within and not isinstance(module, nn.MultiheadAttention):
+            kind = type(module).__name__
+            reasons[path] = f"{kind} multiplies by its own parameter {key}, which no layer can be made of"
+    return reasons
+
+
+def _weights(model: nn.Module, name: str, direct: Collection[str]) -> int:
+    """Values in the matrices of a module that is left alone, 0 where that cannot be known."""
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:  # a part of a module, as the projections of an attention are
+        return 0
+    own = {key: p for key, p in module.named_parameters(recurse=False) if not is_lazy(p) and p.dim() > 1}
+    return sum(p.numel() for key, p in own.items() if "weight" in key or joined(name, key) in direct)
+
+
+def coverage(todo: Plan) -> str:
+    """A warning where less than half of the values in weight matrices belong to layers that can be pruned, else empty.
+
+    Layers that were left out on purpose and embeddings, whose rows are looked up, do not count.
+    """
+    own = sum(layer.parameter.numel() for layer in todo.layers.values())
+    others = [layer for layer in todo.skipped if layer.weights and layer.reason not in LEFT_OUT]
+    others = [layer for layer in others if "looks its rows up" not in layer.reason]
+    total = own + sum(layer.weights for layer in others)
+    if 2 * own >= total:
+        return ""
+    largest = sorted(others, key=lambda layer: -layer.weights)[:3]
+    reasons = "; ".join(f"{layer.name or '(the model)'}: {layer.reason}" for layer in largest)
+    return f"only {own / total:.0%} of the values in weight matrices are in layers that can be pruned ({reasons})"
 
 
 def as_text(todo: Plan, budgets: Mapping[str, Budget]) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_nettrim import mask, norms
-from lightning_nettrim.capture import Tape, evaluating
+from lightning_nettrim.capture import Tape
 from lightning_nettrim.digest import digest
 from lightning_nettrim.layers import Layer
 from lightning_nettrim.memory import GIB, with_less
@@ -21,6 +21,7 @@ from lightning_nettrim.plan import Budget
 from lightning_nettrim.pose import pose
 from lightning_nettrim.problem import LayerProblem
 from lightning_nettrim.rectifier import Rectifier
+from lightning_nettrim.replay import evaluating
 from lightning_nettrim.report import LayerReport, TrimResult
 from lightning_nettrim.shelf import release
 from lightning_nettrim.solvers import Magnitude, Solution, Solver, Status
@@ -50,10 +51,10 @@ class Pruner(Trained):
     def smaller(self, size: int, solver: Solver) -> Pruner:
         """Another one of the trained model, on about so many of the inputs, by another solver."""
         self.restore()
-        held = self.signals.probe(size, self.settings.num_samples).held
-        samples = min(size, self.settings.num_samples)
-        settings = replace(self.settings, solver=solver, num_samples=samples)
-        rows = {name: min(samples, few) for name, few in self.signals.rows.items()}
+        held = self.signals.probe(size).held
+        most = min(size, self.settings.max_rows)
+        settings = replace(self.settings, solver=solver, max_rows=most)
+        rows = {name: min(most, few) for name, few in self.signals.rows.items()}
         smaller = Pruner(self.model, self.todo, held, settings, self.room, self.shelf, rows=rows)
         smaller.notes = self.notes  # whatever it has to do with less is told with the rest
         return smaller
@@ -122,6 +123,11 @@ class Pruner(Trained):
             seconds=time.perf_counter() - start,
             notes=tuple(self.notes),
         )
+
+    def attempt(self, name: str, wanted: Budget) -> Answer:
+        """One layer of the trained network, on its own; the model stays as it is."""
+        with evaluating(self.model):
+            return self._answer(name, wanted, None, False)
 
     def _answer(self, name: str, wanted: Budget, before: str | None, chained: bool) -> Answer:
         """Record what a layer sees now, solve for it and judge the answer; the model stays as it is.

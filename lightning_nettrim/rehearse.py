@@ -11,12 +11,12 @@ from torch import Tensor
 
 from lightning_nettrim import allocate, mask
 from lightning_nettrim.allocate import Bounds, Curve
-from lightning_nettrim.capture import evaluating
 from lightning_nettrim.digest import digest
 from lightning_nettrim.memory import with_less
 from lightning_nettrim.outcome import relative_error
 from lightning_nettrim.plan import Budget
 from lightning_nettrim.prune import Pruner
+from lightning_nettrim.replay import evaluating
 from lightning_nettrim.signals import Signals
 from lightning_nettrim.solvers import Cardinality, refit
 
@@ -129,7 +129,7 @@ class Rehearsal:
         """The columns of one layer's curve; the model is left with it pruned."""
         pruner, last = self.pruner, self.pruner.last
         pruner.restore()
-        probe = pruner.signals.probe(PROBE, pruner.settings.num_samples)
+        probe = pruner.signals.probe(PROBE)
         if self._trained is None or self._trained[0] is not pruner.signals:
             self._trained = pruner.signals, probe.answers(last)[last]
         trained = self._trained[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -76,10 +77,11 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SkippedLayer:
-    """A layer with a weight matrix that was left alone, and why."""
+    """A layer with a weight matrix that was left alone, why, and how many values its matrices have."""
 
     name: str
     reason: str
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class TrimResult:
         plan: the budgets as YAML, which ``plan=`` reads.
         peak_memory: above what was in use at the beginning, of the device or, on the CPU, of the process, GiB.
         notes: what had to be done with less: fewer samples for want of memory, results of a run that was cut short.
+        reused: files of finished layers that an earlier run, which was cut short, has left elsewhere.
     """
 
     reports: tuple[LayerReport, ...]
@@ -130,6 +133,7 @@ class TrimResult:
     plan: str = ""
     peak_memory: float | None = None
     notes: tuple[str, ...] = ()
+    reused: tuple[Path, ...] = ()
 
     @classmethod
     def of_plan(cls, skipped: tuple[SkippedLayer, ...]) -> TrimResult:

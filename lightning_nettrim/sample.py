@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from lightning_nettrim.replay import Forward, Replay, call, independent
 from lightning_nettrim.shelf import Kept, Shelf
+from lightning_nettrim.structure import Structure, common_length, count_inputs, flatten
 
-Inputs = tuple[tuple[Any, ...], dict[str, Any]]
-
-_ROWS = object()  # stands, in the form of a batch, where a tensor's sampled rows go
+_ROWS = object()  # stands, among the leaves of a batch, where a tensor goes
 
 
 class Reservoir:
@@ -37,36 +35,45 @@ class Reservoir:
         self._shelf = Shelf("device") if shelf is None else shelf
         self._keys: list[Tensor] = []
         self._chunks: list[Kept] = []
+        self._labels: list[Any] = []
 
-    def pick(self, count: int) -> tuple[Tensor, Tensor]:
-        """Show so many rows; returns which of them stay, for now, and their keys, for `keep`."""
-        keys = torch.rand(count, generator=self._generator, dtype=torch.float64)
+    def pick(self, count: int, whole: bool = False) -> tuple[Tensor, Tensor]:
+        """Show so many rows; returns which of them stay, for now, and their keys, for `keep`.
+
+        Rows that are to stay or go as a ``whole`` share one key; the sample may then exceed its size by them.
+        """
+        keys = torch.rand(1 if whole else count, generator=self._generator, dtype=torch.float64).expand(count)
         self.seen += count
         chosen = (keys < self._threshold).nonzero().squeeze(1)
         if len(chosen) > self.size:
             chosen = (keys <= keys.kthvalue(self.size).values).nonzero().squeeze(1)
         return chosen, keys[chosen]
 
-    def keep(self, keys: Tensor, tensors: Sequence[Tensor]) -> None:
-        """The rows that were picked, in several tensors of one length."""
+    def keep(self, keys: Tensor, tensors: Sequence[Tensor], label: Any = None) -> None:
+        """The rows that were picked, in several tensors of one length, and what the chunk of them is known by."""
         if not len(keys):
             return
         self._keys.append(keys)
         self._chunks.append(self._shelf.put(tensors))
+        self._labels.append(label)
         if sum(map(len, self._keys)) > 2 * self.size:
             self._shrink()
 
-    def offer(self, tensors: Sequence[Tensor]) -> bool:
-        """Show rows that lie in several tensors of one length; returns whether any of them stays, for now."""
+    def offer(self, tensors: Sequence[Tensor], label: Any = None) -> None:
+        """Show rows that lie in several tensors of one length."""
         chosen, keys = self.pick(len(tensors[0]))
-        self.keep(keys, [t.index_select(0, chosen.to(t.device)) for t in tensors])
-        return len(chosen) > 0
+        self.keep(keys, [t.index_select(0, chosen.to(t.device)) for t in tensors], label)
 
     def chunks(self) -> list[Kept]:
         """The sample, one entry for each offer of which rows are left."""
         if sum(map(len, self._keys)) > self.size:
             self._shrink()
         return self._chunks
+
+    @property
+    def labels(self) -> list[Any]:
+        """Of the chunks, in order."""
+        return self._labels
 
     def _shrink(self) -> None:
         self._threshold = float(torch.cat(self._keys).kthvalue(self.size).values)
@@ -78,75 +85,105 @@ class Reservoir:
                 self._chunks[i] = self._shelf.put(rows)
         self._chunks = [self._chunks[i] for i, _ in pairs]
         self._keys = [self._keys[i][keep] for i, keep in pairs]
+        self._labels = [self._labels[i] for i, _ in pairs]
 
 
-def inputs_of(model: nn.Module, batch: Any) -> Inputs:
-    """The arguments of ``model.forward`` in a batch.
+@dataclass(frozen=True, eq=False)
+class _Form:
+    """What a batch is but for its rows: its leaves that are no tensors, its structure, whether it can be divided."""
 
-    A tuple or list gives its first element, (input, target, …). A mapping gives the entries that ``forward`` names, or
-    is passed whole if it names none of them. Anything else is the one input itself.
-    """
-    if isinstance(batch, list | tuple) and len(batch):
-        batch = batch[0]
-    if isinstance(batch, Mapping):
-        names = inspect.signature(model.forward).parameters
-        if chosen := {key: value for key, value in batch.items() if key in names}:
-            return (), chosen
-    return (batch,), {}
+    leaves: list[Any]
+    structure: Structure
+    divisible: bool
+    whole: Kept | None = None  # the tensors of a batch that cannot be divided
+
+    def joins(self, other: _Form) -> bool:
+        """Whether rows of both can be in one batch."""
+        return self.divisible and other.divisible and self.structure == other.structure and self._same_leaves(other)
+
+    def _same_leaves(self, other: _Form) -> bool:
+        try:
+            return all(one is two or bool(one == two) for one, two in zip(self.leaves, other.leaves, strict=True))
+        except Exception:  # of objects that do not compare
+            return False
 
 
 @dataclass(frozen=True, eq=False)
 class _Batch:
-    """One held batch: its tensors on a shelf, the form that they take, and which of their rows."""
+    """Tensors on a shelf, the form of the batch that they belong to, and which of their rows."""
 
     kept: Kept
-    leaves: list[Any]
-    tree: Any
+    form: _Form
     rows: slice | None = None
 
-    def load(self) -> Inputs:
+    def load(self) -> Any:
         tensors = self.kept.load()
         parts = iter(tensors if self.rows is None else [t[self.rows] for t in tensors])
-        return tree_unflatten([next(parts) if leaf is _ROWS else leaf for leaf in self.leaves], self.tree)
+        leaves = [next(parts) if leaf is _ROWS else leaf for leaf in self.form.leaves]
+        return self.form.structure.build(iter(leaves))
+
+    def halves(self) -> list[_Batch]:
+        """Two batches of half the rows, or this one."""
+        tensors = self.kept.load() if self.form.divisible else []
+        start, stop, _ = (self.rows or slice(None)).indices(min(map(len, tensors), default=0))
+        middle = (start + stop + 1) // 2
+        if stop - start < 2:
+            return [self]
+        return [replace(self, rows=slice(start, middle)), replace(self, rows=slice(middle, stop))]
 
 
-class Held(Sequence[Inputs]):
-    """Held batches, loaded one at a time from wherever they wait."""
+class Held(Sequence[Replay]):
+    """The calibration set: batches that are loaded one at a time from wherever they wait, to be replayed.
 
-    def __init__(self, batches: Sequence[_Batch]) -> None:
-        self._batches = list(batches)
+    Args:
+        batches: on their shelf.
+        inputs: in all batches together.
+        forward: runs a batch through a model.
+    """
+
+    def __init__(self, batches: Sequence[_Batch], inputs: int, forward: Forward = call) -> None:
+        self._batches, self._forward, self.inputs = list(batches), forward, inputs
 
     def __len__(self) -> int:
         """Batches."""
         return len(self._batches)
 
     @overload
-    def __getitem__(self, index: int) -> Inputs: ...
+    def __getitem__(self, index: int) -> Replay: ...
 
     @overload
     def __getitem__(self, index: slice) -> Held: ...
 
-    def __getitem__(self, index: int | slice) -> Inputs | Held:
-        """One batch, or some of them still on their shelf."""
-        return Held(self._batches[index]) if isinstance(index, slice) else self._batches[index].load()
+    def __getitem__(self, index: int | slice) -> Replay | Held:
+        """One batch, or the first ones, still on their shelf."""
+        if isinstance(index, slice):
+            batches = self._batches[index]
+            return Held(batches, max(1, self.inputs * len(batches) // max(len(self), 1)), self._forward)
+        return Replay(self._batches[index].load(), self._forward, seed=index)
+
+    def first(self, inputs: int) -> Held:
+        """The first batches, with about so many inputs."""
+        return self[: max(1, len(self) * inputs // self.inputs)]
 
     def narrower(self) -> Held:
         """The same inputs in batches of half the rows, where they can be divided."""
-        halves = []
-        for batch in self._batches:
-            lengths = {len(t) for t in batch.kept.load()} if _ROWS in batch.leaves else set()
-            start, stop, _ = (batch.rows or slice(None)).indices(max(lengths, default=0))
-            middle = (start + stop + 1) // 2
-            parts = [slice(start, middle), slice(middle, stop)] if stop - start > 1 else [batch.rows]
-            halves += [replace(batch, rows=rows) for rows in parts]
-        return Held(halves)
+        halves = [half for batch in self._batches for half in batch.halves()]
+        return Held(halves, self.inputs, self._forward)
 
 
-def hold(model: nn.Module, batches: Iterable[Any], num_samples: int, seed: int, shelf: Shelf | None = None) -> Held:
+def hold(
+    model: nn.Module,
+    batches: Iterable[Any],
+    num_samples: int,
+    seed: int,
+    shelf: Shelf | None = None,
+    forward: Forward = call,
+) -> Held:
     """A uniform sample of at most ``num_samples`` inputs of one pass over ``batches``, kept on a shelf.
 
     The pass happens once, so that generators, shuffling and augmentation are safe; what is returned can be replayed.
-    A batch whose tensors do not share a first dimension counts as one input and is kept or dropped whole.
+    A batch is divided where its inputs are `independent`; else it is kept or dropped whole, and the last one of them
+    may exceed ``num_samples``.
 
     Args:
         model: whose inputs.
@@ -154,70 +191,65 @@ def hold(model: nn.Module, batches: Iterable[Any], num_samples: int, seed: int, 
         num_samples: inputs at most.
         seed: of the sample.
         shelf: where they wait; the host's memory, if not given.
+        forward: runs a batch through the model.
 
     Raises:
         ValueError: for batches that hold no input.
     """
     shelf = shelf or Shelf()
     reservoir, width = Reservoir(num_samples, seed, shelf), 1
-    forms: dict[int, tuple[list[Any], Any]] = {}  # of each batch: its leaves and its tree
-    for index, batch in enumerate(batches):
-        leaves, tree = tree_flatten(inputs_of(model, batch))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        lengths = {len(t) if t.dim() else -1 for t in tensors}
-        if lengths == {0}:
+    divisible: dict[Structure, bool] = {}
+    for batch in batches:
+        leaves, structure = flatten(batch)
+        length = common_length(batch)
+        if length == 0:
             continue
-        if len(lengths) == 1 and -1 not in lengths:
-            (length,) = lengths
+        if length is not None and length > 1 and structure not in divisible:
+            divisible[structure] = independent(model, Replay(batch, forward), length)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        leaves = [_ROWS if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        if length is not None and divisible.get(structure):
             width = max(width, length)
-            leaves = [_ROWS if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            reservoir.offer(tensors, _Form(leaves, structure, True))
         else:
-            length, tensors, leaves = 1, [], [tree_map(_to("cpu"), leaf) for leaf in leaves]
-        if reservoir.offer([torch.full((length,), index), *tensors]):
-            forms[index] = leaves, tree
+            chosen, keys = reservoir.pick(count_inputs(batch), whole=True)
+            if len(chosen):
+                reservoir.keep(keys, [], _Form(leaves, structure, False, shelf.put(tensors)))
     if not reservoir.seen:
         raise ValueError("expected batches to calibrate on, got none: the loader is empty, or a generator is exhausted")
-    return Held([_joined(group, shelf) for group in _groups(reservoir.chunks(), forms, width)])
+    chunks = reservoir.chunks()
+    inputs = reservoir.size if reservoir.seen > reservoir.size else reservoir.seen
+    return Held([_joined(group, shelf) for group in _groups(chunks, reservoir.labels, width)], inputs, forward)
 
 
-def _groups(
-    chunks: list[Kept], forms: Mapping[int, tuple[list[Any], Any]], width: int
-) -> Iterator[list[tuple[list[Tensor], list[Any], Any]]]:
-    """Neighbouring chunks of one form, up to ``width`` rows together, so that a replay has few batches.
+def _groups(chunks: list[Kept], forms: list[_Form], width: int) -> Iterator[list[tuple[list[Tensor], _Form]]]:
+    """Neighboring chunks of one form, up to ``width`` rows together, so that a replay has few batches.
 
-    The list is emptied on the way, so that no input is held twice.
+    The lists are emptied on the way, so that no input is held twice.
     """
-    group: list[tuple[list[Tensor], list[Any], Any]] = []
+    group: list[tuple[list[Tensor], _Form]] = []
     while chunks:
-        number, *tensors = chunks.pop(0).load()
-        leaves, tree = forms[int(number[0])]
-        if group and not (group[-1][2] == tree and _joinable([*group, (tensors, leaves, tree)], width)):
+        tensors, form = chunks.pop(0).load(), forms.pop(0)
+        if group and not _joinable([*group, (tensors, form)], width):
             yield group
             group = []
-        group.append((tensors, leaves, tree))
+        group.append((tensors, form))
     yield group
 
 
-def _joinable(group: Sequence[tuple[list[Tensor], list[Any], Any]], width: int) -> bool:
-    """Whether chunks hold nothing but tensors of one form whose rows fit a batch."""
-    if any(leaf is not _ROWS for _, leaves, _ in group for leaf in leaves):
-        return False
-    forms = {tuple((t.shape[1:], t.dtype) for t in tensors) for tensors, _, _ in group}
-    return len(forms) == 1 and sum(len(tensors[0]) for tensors, _, _ in group) <= width
+def _joinable(group: Sequence[tuple[list[Tensor], _Form]], width: int) -> bool:
+    """Whether the last chunk has the form of the others, and all rows fit a batch."""
+    *_, (before, form), (tensors, last) = group
+    alike = form.joins(last) and _kinds(before) == _kinds(tensors)
+    return alike and sum(len(tensors[0]) for tensors, _ in group) <= width
 
 
-def _joined(group: Sequence[tuple[list[Tensor], list[Any], Any]], shelf: Shelf) -> _Batch:
-    parts, leaves, tree = zip(*group, strict=True)
-    return _Batch(shelf.put([torch.cat(tensors) for tensors in zip(*parts, strict=True)]), leaves[0], tree[0])
+def _kinds(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
+    return [(t.shape[1:], t.dtype) for t in tensors]
 
 
-def _to(device: torch.device | str) -> Callable[[Any], Any]:
-    return lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf
-
-
-def forward(model: nn.Module, inputs: Inputs) -> Any:
-    """Run the model on held inputs, on the device of its parameters, with autocast off."""
-    device = next(model.parameters()).device
-    args, kwargs = tree_map(_to(device), inputs)
-    with torch.autocast(device.type, enabled=False):
-        return model(*args, **kwargs)
+def _joined(group: Sequence[tuple[list[Tensor], _Form]], shelf: Shelf) -> _Batch:
+    parts, forms = zip(*group, strict=True)
+    if forms[0].whole is not None:
+        return _Batch(forms[0].whole, forms[0])
+    return _Batch(shelf.put([torch.cat(tensors) for tensors in zip(*parts, strict=True)]), forms[0])

@@ -40,9 +40,9 @@ class Signals:
     seed: int
     ranks: Ranks = ALONE
 
-    def probe(self, size: int, num_samples: int) -> Signals:
-        """The same on about the first ``size`` of at most ``num_samples`` inputs."""
-        return replace(self, held=self.held[: max(1, len(self.held) * size // num_samples)])
+    def probe(self, size: int) -> Signals:
+        """The same on about the first ``size`` inputs."""
+        return replace(self, held=self.held.first(size))
 
     def answers(self, *names: str) -> dict[str, Tensor]:
         """``{name: (groups, P, M)}``: the responses of some layers, behind all that follows them."""

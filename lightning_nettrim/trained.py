@@ -9,10 +9,8 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
 
 from lightning_nettrim import mask
-from lightning_nettrim.capture import evaluating
 from lightning_nettrim.digest import digest
 from lightning_nettrim.fold import Fold
 from lightning_nettrim.journal import Journal
@@ -21,11 +19,13 @@ from lightning_nettrim.memory import LEAST_ROWS, Meter, rows_within, with_less
 from lightning_nettrim.method import Method, Spectra
 from lightning_nettrim.plan import Plan
 from lightning_nettrim.ranks import ALONE, Ranks
+from lightning_nettrim.replay import evaluating
 from lightning_nettrim.responses import Responses
 from lightning_nettrim.sample import Held
 from lightning_nettrim.shelf import Shelf
 from lightning_nettrim.signals import Signals
 from lightning_nettrim.solvers import Solver
+from lightning_nettrim.structure import flatten
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ class Settings:
     Args:
         scheme: ``"cascade"`` or ``"parallel"``.
         solver: the method; ``None`` is `Cardinality` for a sparsity and `ADMM` for an epsilon.
-        num_samples: rows per layer at most.
+        max_rows: rows per layer at most.
         seed: of that sample.
         penalize_bias: let biases be pruned like weights.
         importance: ``"outgoing"`` or ``"equal"``, what a neuron's error counts in `Cardinality`.
@@ -51,7 +51,7 @@ class Settings:
 
     scheme: str
     solver: Solver | None
-    num_samples: int
+    max_rows: int
     seed: int
     penalize_bias: bool
     importance: str
@@ -114,8 +114,9 @@ class Trained:
                 self.method = replace(self.method, reading=reading)
             with_less(lambda: self.trained.record(self.signals), self.narrower, settings.ranks)
         for name, few in rows.items():
-            if self.trained.rows.get(name) == few < settings.num_samples:
-                self._note(f"{name}: {few} of {settings.num_samples} samples fit into max_memory")
+            asked = min(settings.max_rows, todo.rows[name])
+            if self.trained.rows.get(name) == few < asked:
+                self._note(f"{name}: {few} of {asked} rows fit into max_memory")
 
     def less(self, *names: str) -> None:
         """After memory did not suffice: half the samples of these layers, or of all, and half the inputs at a time."""
@@ -143,7 +144,7 @@ class Trained:
     def _cause(self, held: Held) -> str:
         """The fingerprint of all that the answers come from, but for the budgets and how many samples fit."""
         flows = {name: str(flow) for name, flow in self.todo.flows.items()}
-        inputs = (tree_flatten(batch)[0] for batch in held)
+        inputs = (flatten(replay.batch)[0] for replay in held)
         ranks, settings = self.settings.ranks, repr(replace(self.settings, ranks=ALONE))
         own = digest(
             version("lightning_nettrim"), dict(self.model.state_dict()), settings, flows,
@@ -155,8 +156,8 @@ class Trained:
         """Of each layer, as many as fit; where that is a close call, as many as an earlier run found to fit."""
 
         def fitting(room: float) -> dict[str, int]:
-            most = self.settings.num_samples
-            return {name: rows_within(layer, most, room) for name, layer in self.todo.layers.items()}
+            most = {name: min(self.settings.max_rows, count) for name, count in self.todo.rows.items()}
+            return {name: rows_within(layer, most[name], room) for name, layer in self.todo.layers.items()}
 
         rows, least, most = (fitting(factor * self.room) for factor in (1, 1 / CLOSE, CLOSE))
         if self.journal is None or least == most:

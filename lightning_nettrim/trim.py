@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -13,15 +13,13 @@ from typing import Any, Literal
 from torch import nn
 
 from lightning_nettrim.journal import Journal
-from lightning_nettrim.layers import prunable, refuse_unusable
-from lightning_nettrim.memory import FRACTION, GIB, Meter, beside, free
-from lightning_nettrim.plan import Options, as_text, check_arguments, choose, read
-from lightning_nettrim.prune import Pruner
-from lightning_nettrim.ranks import ALONE, Group
+from lightning_nettrim.layers import refuse_unusable
+from lightning_nettrim.memory import GIB
+from lightning_nettrim.plan import Options, as_text, check_arguments
+from lightning_nettrim.prepare import ROWS, Choice, Source, prepare
 from lightning_nettrim.rehearse import Rehearsal
+from lightning_nettrim.replay import Forward, call
 from lightning_nettrim.report import LayerReport, Trial, TrimResult
-from lightning_nettrim.sample import hold
-from lightning_nettrim.shelf import Shelf
 from lightning_nettrim.solvers import Solver
 from lightning_nettrim.tolerance import DENSEST, SPARSEST, sparsest
 from lightning_nettrim.trained import Settings
@@ -47,6 +45,7 @@ def trim(
     ignore: Sequence[str] | None = None,
     per_layer: Options | None = None,
     num_samples: int = 8192,
+    max_rows: int | None = None,
     seed: int = 0,
     penalize_bias: bool = False,
     recalibrate_batchnorm: bool = True,
@@ -61,6 +60,7 @@ def trim(
     on_trial: Callable[[Trial], None] | None = None,
     on_progress: Callable[[str, float], None] | None = None,
     distributed: bool = False,
+    forward: Forward = call,
 ) -> TrimResult:
     """Prune a trained model in place, without retraining it.
 
@@ -69,7 +69,10 @@ def trim(
 
     Args:
         model: a trained module; its parameters are changed in place, nothing else about it is.
-        batches: an iterable of inputs or of (input, target, …), read once.
+        batches: an iterable of batches, read once: a tensor is passed as ``model(x)``, a tuple ``(input, target, …)``
+            as ``model(*args)``, with as many elements as ``forward`` requires, a dict as ``model(**dict)``, with the
+            entries that ``forward`` names. Tokens that a mask among the arguments of a module calls padding
+            (``attention_mask``, ``src_key_padding_mask`` and the like) are left out.
         epsilon: largest change of a layer's response, relative: 0.05 is 5 % of ‖Y‖. The zeros follow from it.
         sparsity: fraction of zeros, exact to the weight. The change follows from it.
         max_drop: how far the metric may fall (``mode="min"``: rise): the sparsest network within it is found by trials.
@@ -92,7 +95,9 @@ def trim(
         ignore: layers to leave alone, by the same keys.
         per_layer: ``{key: {"epsilon" | "sparsity" | "pattern" | "refit": value}}``, in place of the common ones, and
             ``min_sparsity`` and ``max_sparsity``, bounds for ``allocate``.
-        num_samples: inputs, and rows per layer, to calibrate on at most; a uniform sample of the whole pass.
+        num_samples: inputs (images, sequences) to calibrate on at most; a uniform sample of the whole pass.
+        max_rows: rows per layer (tokens, patches) at most; a uniform sample; ``None`` is ``num_samples``, but at least
+            8192.
         seed: of that sample.
         penalize_bias: let biases be pruned like weights, the paper's way.
         recalibrate_batchnorm: re-estimate the running statistics of every BatchNorm behind a pruned layer. One that a
@@ -113,6 +118,8 @@ def trim(
         on_progress: called with what is being done and which fraction of that is.
         distributed: all processes of torch's default group call this with the same trained model and arguments, each
             with batches of its own. They stay there, ``num_samples`` of each; all get the same network, to the bit.
+        forward: called with the model and a batch, where a batch is to be passed in another way; whatever runs in it
+            is recorded.
 
     Returns:
         The reports, masks and totals.
@@ -128,51 +135,37 @@ def trim(
     common = check_arguments(
         epsilon=epsilon, sparsity=sparsity, max_drop=max_drop, mode=mode, pattern=pattern, allocate=allocate,
         importance=importance, scheme=scheme, solver=solver, refit=refit, per_layer=per_layer, num_samples=num_samples,
-        penalize_bias=penalize_bias, plan=plan, max_memory=max_memory, offload=offload, on_failure=on_failure,
+        max_rows=max_rows, penalize_bias=penalize_bias, plan=plan, max_memory=max_memory, offload=offload,
+        on_failure=on_failure,
     )  # fmt: skip
     if (max_drop is None) != (metric is None):
         raise ValueError("expected max_drop and metric together, got one of them: give both")
     if dry_run and max_drop is not None:
         raise ValueError("dry_run: expected an epsilon or a sparsity, got max_drop: only its trials make its plan")
     refuse_unusable(model)
-    if plan is not None:
-        if not targets == ignore == per_layer is None:
-            raise ValueError("plan: expected no targets, ignore or per_layer beside it, got some: edit the plan")
-        per_layer = read(plan, prunable(model)[0])
-        targets = list(per_layer)
-    device = next(model.parameters()).device
-    limit, meter = free(device) * FRACTION if max_memory is None else max_memory * GIB, Meter(device)
-    on_device = offload == "device" or device.type == "cpu"
-    shelf = Shelf(offload, limit / 4 if on_device else math.inf)
-    ranks = Group.of(model) if distributed else ALONE
-    ranks.check_same(dict(model.named_parameters()))
-    ranks.share(model.buffers())
-    with ranks.together():
-        held = hold(model, batches, num_samples, seed, shelf)
-    meter.lap()  # what the holding took for a while is not there any more
-    todo = choose(model, held, common, targets, ignore, per_layer, ranks)
-    settings = Settings(
-        scheme, solver, num_samples, seed, penalize_bias, importance, recalibrate_batchnorm, on_failure, ranks
-    )  # fmt: skip
-    journal = None if folder is None else Journal(Path(folder), [Path(other) for other in resume_from], ranks)
-    waits = shelf.room - shelf.size if on_device else 0.0
-    held_too = beside(todo.layers.values(), num_samples, waits, scheme == "parallel")
-    room = min(ranks.gather(limit - meter.lap() - held_too))
-    pruner = Pruner(model, todo, held, settings, room, shelf, journal, meter)
+    rows = max(num_samples, ROWS) if max_rows is None else max_rows
+    settings = Settings(scheme, solver, rows, seed, penalize_bias, importance, recalibrate_batchnorm, on_failure)
+    source = Source(batches, num_samples, forward, distributed)
+    choice = Choice(common, targets, ignore, per_layer).by_plan(model, plan)
+    store = None if folder is None else partial(Journal, Path(folder), [Path(other) for other in resume_from])
+    pruner = prepare(model, source, choice, settings, max_memory, offload, store)
+    meter, journal = pruner.meter, pruner.journal
+    assert meter is not None
     rehearsal = Rehearsal(pruner, on_progress)
     with pruner.saved():
         if metric is None:
             chosen = rehearsal.budgets(allocate, sparsity)
-            result = TrimResult.of_plan(todo.skipped) if dry_run else pruner.prune(chosen, on_layer, on_progress)
-            result = replace(result, plan=as_text(todo, chosen))
+            result = TrimResult.of_plan(pruner.todo.skipped) if dry_run else pruner.prune(chosen, on_layer, on_progress)
+            result = replace(result, plan=as_text(pruner.todo, chosen))
         else:
             result = _sparsest(
                 rehearsal, metric, float(max_drop or 0), mode, relative, allocate, on_layer, on_trial, on_progress
             )
-        ranks.check_same(dict(chain(model.named_parameters(), model.named_buffers())))
+        pruner.settings.ranks.check_same(dict(chain(model.named_parameters(), model.named_buffers())))
     meter.lap()
     if journal is not None and journal.used:
-        result = replace(result, notes=(*result.notes, f"{journal.used} results are those of a run that was cut short"))
+        note = f"{journal.used} results are those of a run that was cut short"
+        result = replace(result, notes=(*result.notes, note), reused=tuple(journal.reused))
     return replace(result, seconds=time.perf_counter() - start, peak_memory=meter.peak / GIB)
 
 

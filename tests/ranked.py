@@ -60,7 +60,7 @@ class Choosing(nn.Module):
 
 
 class Failing(nn.Module):
-    """Raises in process 1 from its tenth call on, when layers are recorded, at batches of more than so many."""
+    """Raises in process 1 from its twelfth call on, when layers are recorded, at batches of more than so many."""
 
     def __init__(self, rank: int, error: Exception, most: int = 0) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Failing(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """The response."""
         self.calls += 1
-        if self.rank == 1 and self.calls > 9 and len(x) > self.most:
+        if self.rank == 1 and self.calls > 11 and len(x) > self.most:
             raise self.error
         return self.second(self.first(x).relu())
 

@@ -235,6 +235,7 @@ def peers(tmp_path):
 
 def test_the_authors_code_runs_on_the_device_at_hand_and_says_nothing(peers, capsys):
     layer, X, synchronize = torch.nn.Linear(8, 6), torch.randn(20, 8), torch.cuda.synchronize
+    installed = sys.modules.get("transformers")
     alps.method(peers)(layer, X, 0.75, None)
     assert int((layer.weight != 0).sum()) == 12
     sparsegpt.method(peers)(layer, X, 0.5, (2, 4))
@@ -249,7 +250,7 @@ def test_the_authors_code_runs_on_the_device_at_hand_and_says_nothing(peers, cap
     assert bool(((layer.weight.reshape(-1, 4) != 0).sum(1) <= 1).all())
     assert capsys.readouterr().out == ""
     assert torch.cuda.synchronize is synchronize
-    assert "transformers" not in sys.modules
+    assert sys.modules.get("transformers") is installed
 
 
 @pytest.mark.parametrize("peer", [alps, sparsegpt, wanda])

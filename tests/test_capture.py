@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_nettrim.capture import evaluating, record, watch
+from lightning_nettrim.capture import record, watch
 from lightning_nettrim.flow import Flow
 from lightning_nettrim.layers import prunable
+from lightning_nettrim.replay import Replay, evaluating
 
 
 class Net(nn.Module):
@@ -89,7 +90,7 @@ OTHERS = {
 
 def flows(net, x):
     with evaluating(net):
-        return watch(net, prunable(net)[0], [((x,), {})]).flows
+        return watch(net, prunable(net)[0], [Replay(x)]).flows
 
 
 @pytest.mark.parametrize("between", RELU.values(), ids=RELU.keys())
@@ -121,7 +122,7 @@ def test_a_response_that_is_also_returned_is_linear():
 
     net = Both()
     with evaluating(net):
-        found = watch(net, prunable(net)[0], [((torch.randn(4, 6),), {})])
+        found = watch(net, prunable(net)[0], [Replay(torch.randn(4, 6))])
     assert str(found.flows["a"]) == "linear"
 
 
@@ -135,7 +136,7 @@ def test_calls_and_order_are_those_of_the_execution():
             return self.last(self.first(self.first(x).relu()).relu())
 
     net = Backwards()
-    found = watch(net, prunable(net)[0], [((torch.ones(2, 4),), {})]).flows
+    found = watch(net, prunable(net)[0], [Replay(torch.ones(2, 4))]).flows
     assert list(found) == ["first", "last"]
     assert [flow.calls for flow in found.values()] == [2, 1]
     assert str(found["first"]) == "ReLU"
@@ -145,7 +146,7 @@ def test_calls_and_order_are_those_of_the_execution():
 def test_a_tape_holds_what_went_in_and_what_came_out_before_the_relu(between):
     net, x = Net(between), torch.randn(30, 6)
     with evaluating(net):
-        tapes = record(net, prunable(net)[0], [((p,), {}) for p in x.split(7)], num_samples=100, seed=0)
+        tapes = record(net, prunable(net)[0], [Replay(p) for p in x.split(7)], num_samples=100, seed=0)
     with torch.no_grad():
         Z = torch.cat([net.a(p) for p in x.split(7)])
     assert torch.equal(tapes["a"].X, x)
@@ -156,7 +157,7 @@ def test_a_tape_holds_what_went_in_and_what_came_out_before_the_relu(between):
 def test_leading_dimensions_are_rows_and_rows_are_bounded_and_aligned():
     net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(50, 7, 3)
     layers = prunable(net)[0]
-    held = [((p,), {}) for p in x.split(8)]
+    held = [Replay(p) for p in x.split(8)]
     with evaluating(net):
         tapes = record(net, layers, held, num_samples=64, seed=0)
         again = record(net, {"2": layers["2"]}, held, outputs=(), num_samples=64, seed=0)
@@ -180,7 +181,7 @@ def test_the_rest_of_a_forward_pass_is_skipped():
     net = Guarded()
     with evaluating(net):
         layers, flows = {"a": prunable(net)[0]["a"]}, {"a": Flow(1)}
-        tapes = record(net, layers, [((torch.ones(2, 3),), {})], flows=flows, num_samples=9, seed=0, stop=True)
+        tapes = record(net, layers, [Replay(torch.ones(2, 3))], flows=flows, num_samples=9, seed=0, stop=True)
     assert len(tapes["a"].X) == 2
 
 
@@ -190,7 +191,7 @@ def test_afterwards_the_model_is_as_it_was():
     modes = [module.training for module in net.modules()]
     with pytest.raises(RuntimeError), evaluating(net):  # noqa: PT012
         assert not any(module.training for module in net.modules())
-        record(net, prunable(net)[0], [((torch.ones(2, 99),), {})], num_samples=9, seed=0)
+        record(net, prunable(net)[0], [Replay(torch.ones(2, 99))], num_samples=9, seed=0)
     assert [module.training for module in net.modules()] == modes
     assert all(not module._forward_hooks for module in net.modules())
 
@@ -198,5 +199,5 @@ def test_afterwards_the_model_is_as_it_was():
 def test_a_batch_that_the_model_refuses_is_named():
     net = Net(RELU["module"])
     with pytest.raises(ValueError, match=r"Net.forward takes, got inputs of shapes \[\(2, 99\)\]"):
-        watch(net, prunable(net)[0], [((torch.ones(2, 99),), {})])
+        watch(net, prunable(net)[0], [Replay(torch.ones(2, 99))])
     assert all(not module._forward_hooks for module in net.modules())

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from lightning_nettrim import Cardinality, LayerProblem, Pattern, refit, solve, trim
-from lightning_nettrim.capture import evaluating, record
+from lightning_nettrim.capture import record
 from lightning_nettrim.layers import prunable
+from lightning_nettrim.replay import Replay, evaluating
 
 GEOMETRIES = {
     "1d": (nn.Conv1d, (4, 6, 3), {}),
@@ -77,7 +78,7 @@ def test_rows_times_the_matrix_are_the_convolution(name):
     x = images(net[0])
     layer = prunable(net)[0]["0"]
     with evaluating(net):
-        tape = record(net, {"0": layer}, [((p,), {}) for p in x.split(2)], num_samples=10**6, seed=0)["0"]
+        tape = record(net, {"0": layer}, [Replay(p) for p in x.split(2)], num_samples=10**6, seed=0)["0"]
     X, W = layer.rows(tape.X, layer.bias is not None), layer.matrix()
     with torch.no_grad():
         Z = net(x).movedim(1, -1).flatten(0, -2)
@@ -123,7 +124,7 @@ def test_patches_are_sampled_evenly_over_images_and_places():
     layers = prunable(net)[0]
     with evaluating(net):
         for seed in range(200):
-            tape = record(net, layers, [((p,), {}) for p in places.split(7)], num_samples=100, seed=seed)["0"]
+            tape = record(net, layers, [Replay(p) for p in places.split(7)], num_samples=100, seed=seed)["0"]
             assert tuple(tape.X.shape) == (100, 1)
             assert tape.seen == 1000
             counts[tape.X.flatten().long()] += 1
@@ -137,7 +138,7 @@ def test_an_image_without_a_batch_dimension():
     layer = prunable(net)[0]["0"]
     x = torch.randn(3, 8, 8)
     with evaluating(net):
-        tape = record(net, {"0": layer}, [((x,), {})], num_samples=10**6, seed=0)["0"]
+        tape = record(net, {"0": layer}, [Replay(x)], num_samples=10**6, seed=0)["0"]
         expected = net(x).flatten(1).T
     torch.testing.assert_close(layer.rows(tape.X, True)[0] @ layer.matrix()[0], expected)
 

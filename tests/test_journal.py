@@ -29,7 +29,7 @@ def network():
 
 
 X = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
-OPTIONS = {"sparsity": 0.6, "num_samples": 200}
+OPTIONS = {"sparsity": 0.6, "num_samples": 200, "max_rows": 200}
 
 
 def same(one, other):
@@ -91,7 +91,7 @@ def test_a_close_call_of_memory_is_made_once(tmp_path, monkeypatch):
     for folder in (None, tmp_path):
         other, result = pruned(folder, max_memory=0.5)
         assert not same(other, whole)
-        assert result.notes == tuple(f"{name}: 100 of 200 samples fit into max_memory" for name in ("1", "5", "7"))
+        assert result.notes == tuple(f"{name}: 100 of 200 rows fit into max_memory" for name in ("1", "5", "7"))
 
 
 def test_trials_of_a_search_go_on_too(tmp_path, monkeypatch):
@@ -103,7 +103,7 @@ def test_trials_of_a_search_go_on_too(tmp_path, monkeypatch):
             patch.setattr(Pruner, "_answer", lambda self, *rest: (asked.append(rest[0]), answer(self, *rest))[1])
             trim(
                 model, [X], max_drop=0.2, metric=lambda: -float((model(X) - reference).norm() / reference.norm()),
-                num_samples=200, folder=folder, allocate="uniform",
+                num_samples=200, max_rows=200, folder=folder, allocate="uniform",
             )  # fmt: skip
         return model, len(asked)
 

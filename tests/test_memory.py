@@ -36,7 +36,11 @@ X = torch.randn(1200, 1, 8, 8, generator=torch.Generator().manual_seed(0))
 
 def pruned(**options):
     model = network()
-    return model, trim(model, X.split(100), **({"sparsity": 0.6, "num_samples": 1000, "allocate": "uniform"} | options))
+    return model, trim(
+        model,
+        X.split(100),
+        **({"sparsity": 0.6, "num_samples": 1000, "max_rows": 1000, "allocate": "uniform"} | options),
+    )
 
 
 def same(one, other):
@@ -105,9 +109,9 @@ def test_held_batches_are_the_same_in_halves():
     held = hold(model, X.split(100), 500, 0)
     halves = held.narrower()
     assert len(halves) == 2 * len(held)
-    one, other = (torch.cat([args[0] for args, _ in batches]) for batches in (held, halves))
+    one, other = (torch.cat([replay.batch for replay in batches]) for batches in (held, halves))
     assert torch.equal(one, other)
-    assert max(len(args[0]) for args, _ in halves.narrower()) <= 25
+    assert max(len(replay.batch) for replay in halves.narrower()) <= 25
 
 
 METERED = """
@@ -168,7 +172,7 @@ def test_little_memory_means_fewer_rows_and_says_so(monkeypatch):
     monkeypatch.setattr("lightning_nettrim.trained.rows_within", lambda layer, rows, room: 500)
     model, result = pruned()
     assert result.sparsity == pytest.approx(0.6, abs=1e-3)
-    assert "0: 500 of 1000 samples fit into max_memory" in result.notes
+    assert "0: 500 of 1000 rows fit into max_memory" in result.notes
 
 
 def out_of_memory(patch, owner, name, times, error):
@@ -209,7 +213,7 @@ def test_out_of_memory_for_good_leaves_the_network_dense(stage, monkeypatch):
     out_of_memory(monkeypatch, *stage, 10**9, ERRORS[0])
     model = network()
     with pytest.raises(torch.OutOfMemoryError):
-        trim(model, X.split(100), sparsity=0.6, num_samples=1000)
+        trim(model, X.split(100), sparsity=0.6, num_samples=1000, max_rows=1000)
     assert same(model, network())
     assert not any(module._forward_hooks for module in model.modules())
 
@@ -285,7 +289,7 @@ def test_fifty_prunes_leak_nothing():
     def once(i):
         model.load_state_dict(dense.state_dict())
         allocate, solver = "uniform" if i % 5 else "global", Cardinality(steps=20)
-        trim(model, x.split(50), sparsity=0.7, num_samples=200, allocate=allocate, solver=solver)
+        trim(model, x.split(50), sparsity=0.7, num_samples=200, max_rows=200, allocate=allocate, solver=solver)
         gc.collect()
         tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())

@@ -307,7 +307,8 @@ def test_other_callbacks_see_nothing_of_the_two_passes(tmp_path):
         )
         callbacks, loggers = list(trainer.callbacks), list(trainer.loggers)
         trainer.fit(Net(), train_data(), val_data())
-        assert trainer.callbacks == callbacks
+        assert sorted(trainer.callbacks, key=callbacks.index) == callbacks
+        assert trainer.callbacks[-1] is [*extra, best][0]
         assert trainer.loggers == loggers
         scores = {Path(path).name: float(score) for path, score in best.best_k_models.items()}
         seen.append((watch.calls, stop.state_dict(), scores))
@@ -412,7 +413,7 @@ def test_limits_hold_for_the_train_data_of_a_validate(tmp_path, dense):
 def test_validate_of_a_pruned_checkpoint_does_not_solve_again(tmp_path):
     first = half()
     make_trainer(tmp_path, first).fit(Net(), train_data(), val_data())
-    again = half(sparsity=0.9)
+    again = half(num_samples=1000)
     metrics = make_trainer(tmp_path, again).validate(
         model := Net(), val_data(), ckpt_path=tmp_path / "nettrim/pruned.ckpt", verbose=False
     )
@@ -508,7 +509,7 @@ def test_resumed_fit_keeps_every_zero_and_moves_the_rest(tmp_path):
     first, model = half(), Net()
     make_trainer(tmp_path, first).fit(model, train_data(), val_data())
     before = state(model)
-    model, again = Net(), half(sparsity=0.9)
+    model, again = Net(), half()
     make_trainer(tmp_path, again, max_epochs=4).fit(
         model, train_data(), val_data(), ckpt_path=tmp_path / "nettrim/pruned.ckpt"
     )
@@ -814,10 +815,11 @@ def test_the_sparsest_network_within_the_drop(tmp_path, fit):
 
 
 def test_a_metric_that_is_not_logged_is_named_and_nothing_is_pruned(tmp_path):
-    model, watch = Scored(), Watch()
+    model = Scored()
+    before = state(model)
     with pytest.raises(MisconfigurationException, match="monitor: expected one of .* val_acc, got 'accuracy'"):
-        make_trainer(tmp_path, watch, NetTrim(max_drop=0.1, monitor="accuracy")).fit(model, train_data(), val_data())
-    assert same(state(model), watch.trained)
+        make_trainer(tmp_path, NetTrim(max_drop=0.1, monitor="accuracy")).fit(model, train_data(), val_data())
+    assert same(state(model), before)
 
 
 def test_a_tolerance_needs_validation_data_before_training(tmp_path):
@@ -836,8 +838,8 @@ def test_a_tolerance_needs_validation_data_before_training(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of epsilon and sparsity, got epsilon=None and sparsity=None"),
-        ({"epsilon": 0.1, "sparsity": 0.5}, "epsilon=0.1 and sparsity=0.5"),
+        ({}, "expected one of sparsity, epsilon, max_drop, plan and an n:m pattern, got none"),
+        ({"epsilon": 0.1, "sparsity": 0.5}, "got sparsity=0.5 and epsilon=0.1"),
         ({"epsilon": 0.0}, "epsilon: .* got 0.0"),
         ({"epsilon": -1.0}, "epsilon: .* got -1.0"),
         ({"epsilon": float("nan")}, "epsilon: .* got nan"),
@@ -881,12 +883,6 @@ def test_refuses_validation_data_that_are_not_there_before_training(tmp_path):
     assert same(state(model), before)
 
 
-def test_refuses_a_compiled_model_before_training(tmp_path):
-    model = torch.compile(Net(), backend="eager")
-    with pytest.raises(MisconfigurationException, match="expected an eager module, got a compiled"):
-        make_trainer(tmp_path, half()).fit(model, train_data(), val_data())
-
-
 def test_refuses_two_of_its_kind(tmp_path):
     class Other(NetTrim):
         """Another state key, so that Lightning itself does not mind."""
@@ -899,12 +895,12 @@ def test_refuses_two_of_its_kind(tmp_path):
 
 @dataclass(frozen=True)
 class Breaking(Solver):
-    """Prunes the first layer, of 8 inputs, and then raises."""
+    """Prunes all layers but the second, of 16 inputs, where it raises."""
 
     interrupt: bool = False
 
     def solve(self, problem):
-        if problem.X.shape[-1] == 9:
+        if problem.X.shape[-1] != 17:
             return Magnitude().solve(problem)
         raise KeyboardInterrupt if self.interrupt else RuntimeError("broken")
 
@@ -930,6 +926,9 @@ def test_a_broken_solve_leaves_everything_as_trained(tmp_path, dense, interrupt,
     assert trainer.loggers == loggers
     assert callback.result is None
     assert callback.masks == {}
-    assert [path.name for path in (Path(trainer.log_dir) / "nettrim").iterdir()] == ["layers"]
+    written = sorted(path.name for path in (Path(trainer.log_dir) / "nettrim").iterdir())
+    assert written == (["dense.ckpt", "layers"] if fit else ["layers"])
+    if fit:
+        assert same(torch.load(Path(trainer.log_dir) / "nettrim/dense.ckpt", weights_only=True)["state_dict"], trained)
     make_trainer(tmp_path, half()).fit(model.train(), train_data(), val_data())
     assert pruned_by_half(model)

@@ -102,13 +102,14 @@ def test_attention_answers_as_it_did(options):
 
 
 def test_the_inputs_of_the_last_matrix_of_an_attention_are_its_heads():
-    from lightning_nettrim.capture import evaluating, record
+    from lightning_nettrim.capture import record
+    from lightning_nettrim.replay import Replay, evaluating
 
     model, x = Attention().double().eval(), torch.randn(5, 7, 16, dtype=torch.float64)
     layer = prunable(model)[0]["attention.out_proj"]
     weight = model.attention.out_proj.weight
     with evaluating(model):
-        tape = record(model, {"o": layer}, [((x,), {})], num_samples=10**5, seed=0)["o"]
+        tape = record(model, {"o": layer}, [Replay(x)], num_samples=10**5, seed=0)["o"]
     torch.testing.assert_close(layer.rows(tape.X, True)[0] @ layer.matrix()[0], tape.Z)
     assert model.attention.out_proj.weight is weight
 
@@ -137,8 +138,8 @@ def test_torch_s_own_encoder():
 def test_recurrent_layers_are_listed_with_their_reason():
     model = nn.ModuleList([nn.LSTM(3, 4), nn.GRUCell(3, 4), nn.Linear(2, 2)])
     _, skipped = prunable(model)
-    assert "LSTM feeds its answers back" in skipped["0"]
-    assert "GRUCell feeds its answers back" in skipped["1"]
+    assert "LSTM feeds its outputs back" in skipped["0"]
+    assert "GRUCell feeds its outputs back" in skipped["1"]
 
 
 class Repeated(nn.Module):
@@ -163,11 +164,12 @@ def test_repeated_and_shared_modules_are_one_problem_with_all_samples():
     ]
     assert model.b.weight is model.a.weight
     assert int((model.conv.weight == 0).sum()) == round(0.4 * 81)
-    from lightning_nettrim.capture import evaluating, record
+    from lightning_nettrim.capture import record
+    from lightning_nettrim.replay import Replay, evaluating
 
     layers = prunable(model)[0]
     with evaluating(model):
-        tapes = record(model, layers, [((x,), {})], num_samples=10**6, seed=0)
+        tapes = record(model, layers, [Replay(x)], num_samples=10**6, seed=0)
     assert tapes["conv"].seen == 50 * (36 + 9)
     assert tapes["a"].seen == 2 * 50
 

@@ -20,7 +20,7 @@ def report(name="fc1", **changes):
 
 
 def result(*reports):
-    skipped = (SkippedLayer("conv", "Conv2d is not supported: only Linear is"),)
+    skipped = (SkippedLayer("conv", "Conv2d is not supported: only Linear is", 12),)
     return TrimResult(reports, skipped, {"fc1.weight": torch.ones(3, 4) > 0}, 0.75, 0.7, 3.0, None, 50.0, 2.0)
 
 
@@ -30,7 +30,7 @@ def test_json_holds_every_field_and_nothing_that_json_lacks():
     assert set(again) == {"layers", "skipped", "total", "trials", "notes", "metrics", "arguments", "versions"}
     assert again["layers"][0]["shape"] == [3, 4]
     assert again["layers"][1]["objective"] is None
-    assert again["skipped"] == [{"name": "conv", "reason": "Conv2d is not supported: only Linear is"}]
+    assert again["skipped"] == [{"name": "conv", "reason": "Conv2d is not supported: only Linear is", "weights": 12}]
     assert again["total"]["discrepancy_bound"] is None
     assert again["total"]["sparsity"] == 0.75
     assert again["metrics"]["dense"]["acc"] == 0.9

@@ -256,8 +256,8 @@ def test_the_model_can_still_be_trained_and_stays_in_its_modes():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "exactly one of epsilon and sparsity"),
-        ({"epsilon": 0.1, "sparsity": 0.5}, "epsilon=0.1 and sparsity=0.5"),
+        ({}, "expected one of sparsity, epsilon, max_drop, plan"),
+        ({"epsilon": 0.1, "sparsity": 0.5}, "got sparsity=0.5 and epsilon=0.1"),
         ({"epsilon": 0.0}, "epsilon: expected > 0.*got 0.0"),
         ({"epsilon": -1.0}, "epsilon: expected > 0.*got -1.0"),
         ({"epsilon": float("nan")}, "epsilon: expected > 0"),
@@ -270,7 +270,10 @@ def test_the_model_can_still_be_trained_and_stays_in_its_modes():
         ({"epsilon": 0.1, "targets": ["3"]}, "targets: '3' matches no layer"),
         ({"epsilon": 0.1, "per_layer": {"9": {"epsilon": 0.2}}}, "per_layer: '9' matches no layer"),
         ({"epsilon": 0.1, "per_layer": {"0": {"amount": 0.2}}}, r"per_layer: .*got \['amount'\]"),
-        ({"epsilon": 0.1, "per_layer": {"0": {"epsilon": 0.2, "sparsity": 0.2}}}, "exactly one"),
+        (
+            {"epsilon": 0.1, "per_layer": {"0": {"epsilon": 0.2, "sparsity": 0.2}}},
+            "expected one of epsilon and sparsity for a layer",
+        ),
         ({"epsilon": 0.1, "ignore": ["Linear"]}, "at least one layer to prune, got none"),
         ({"pattern": "2:3"}, "0: pattern '2:3': expected a multiple of 3 inputs, got 20"),
         ({"sparsity": 0.4, "pattern": "2:4"}, "pattern '2:4': expected no budget but its own 0.5, got sparsity=0.4"),

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import lightning.pytorch as pl
 from tqdm import tqdm
 
+from lightning_nettrim.callbacks.package import is_a
+
 
 class Progress:
     """A bar that is called with what is being done and which fraction of it is; a new one for each thing.
@@ -44,8 +46,11 @@ class Progress:
 
 @contextmanager
 def progress(trainer: pl.Trainer) -> Iterator[Progress]:
-    """A `with` in which a bar can be moved; it is shown where the trainer shows bars, on the first process."""
-    bar = Progress(trainer.progress_bar_callback is not None and trainer.is_global_zero)
+    """A `with` in which a bar can be moved; it is shown where the trainer shows such bars, on the first process.
+
+    Where the trainer's bar is rich's, which redraws the whole terminal, there are the lines of the layers alone.
+    """
+    bar = Progress(is_a(trainer.progress_bar_callback, "TQDMProgressBar") and trainer.is_global_zero)
     try:
         yield bar
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ class InProjection(Layer):
             lambda i: self.lay(x, i),
             lambda i: F.linear(self.lay(x, i), self.parameter, bias).detach(),
             None,
+            tuple(x.shape[:-1]),
         )
 
 
@@ -61,7 +63,8 @@ class OutProjection(Layer):
             return self.lay(heads, positions)
 
         answer = output[0]
-        return Seen(answer.numel() // answer.shape[-1], inputs, lambda i: self.lay(answer, i), answer)
+        shape = tuple(answer.shape[:-1])
+        return Seen(math.prod(shape), inputs, lambda i: self.lay(answer, i), answer, shape)
 
     def _heads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The attention without its last matrix, past any hooks."""

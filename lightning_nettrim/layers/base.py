@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ class Seen:
         inputs: ``(n,)`` positions to ``(n, groups·N)`` rows of inputs, without the bias column.
         outputs: ``(n,)`` positions to ``(n, groups·M)`` rows of outputs, before anything that follows.
         tensor: the output itself, by which what follows is found; ``None`` where no hook sees it.
+        shape: the leading dimensions whose product the positions are; empty where positions are no tokens.
     """
 
     count: int
     inputs: Callable[[Tensor], Tensor]
     outputs: Callable[[Tensor], Tensor]
     tensor: Tensor | None
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +52,7 @@ class Layer(ABC):
     @property
     def name(self) -> str:
         """The module's, and what of it the weight is."""
-        return joined(self.path, self.weight.removesuffix("weight").rstrip("._"))
+        return joined(self.path, self.weight.removesuffix("_orig").removesuffix("weight").rstrip("._"))
 
     @property
     def groups(self) -> int:
@@ -103,9 +106,9 @@ class Layer(ABC):
 
     def matrix(self) -> Tensor:
         """``(groups, N, M)`` weights, or ``(groups, N + 1, M)`` with the bias as the last row; a copy."""
-        W = self.to_matrix(self.parameter.detach())
+        W = self.to_matrix(self._effective(self.weight))
         if self.bias is not None:
-            W = torch.cat([W, self.across(self.module.get_parameter(self.bias).detach())], -2)
+            W = torch.cat([W, self.across(self._effective(self.bias))], -2)
         return W.to(solve_dtype(W.dtype), copy=True)
 
     def across(self, values: Tensor) -> Tensor:
@@ -115,7 +118,18 @@ class Layer(ABC):
     def parameters(self, W: Tensor) -> dict[str, Tensor]:
         """The matrices as the module's own parameters, under their names in the model; `matrix` turned round."""
         parts = [self.from_matrix(W[:, : self.inputs]), W[:, -1].reshape(-1)]
-        return dict(zip(self.names(), parts, strict=False))
+        values = dict(zip(self.names(), parts, strict=False))
+        return values | {_mask(name): (value != 0).to(W.dtype) for name, value in values.items() if _mask(name)}
+
+    @property
+    def written(self) -> list[str]:
+        """Names of all parameters and buffers of the model that `parameters` has values for."""
+        return [*self.names(), *filter(None, map(_mask, self.names()))]
+
+    def _effective(self, key: str) -> Tensor:
+        """A parameter as the forward pass uses it, masked where ``torch.nn.utils.prune`` does so."""
+        value = self.module.get_parameter(key).detach()
+        return value * self.module.get_buffer(_mask(key)) if _mask(key) else value
 
     def penalty(self, like: Tensor) -> Tensor:
         """``(N + 1,)``: 1 for the rows of the weight, 0 for the row of a free bias."""
@@ -143,7 +157,39 @@ class Linear(Layer):
     def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Seen:
         """Rows of the input and of the output."""
         x = args[0] if args else kwargs["input"]
-        return Seen(output.numel() // output.shape[-1], lambda i: self.lay(x, i), lambda i: self.lay(output, i), output)
+        shape = tuple(output.shape[:-1])
+        return Seen(math.prod(shape), lambda i: self.lay(x, i), lambda i: self.lay(output, i), output, shape)
+
+
+class TransposedLinear(Linear):
+    """A linear layer whose weight is ``(N, M)``, as ``Conv1D`` of Hugging Face's GPT-2 is."""
+
+    @property
+    def inputs(self) -> int:
+        """Inputs of a neuron."""
+        return self.parameter.shape[0]
+
+    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Seen:
+        """Rows of the input and of the output."""
+        return super().see(args if args else (kwargs["x"],), kwargs, output)
+
+    def to_matrix(self, weight: Tensor) -> Tensor:
+        """``(1, N, M)``."""
+        return weight.unsqueeze(0)
+
+    def from_matrix(self, W: Tensor) -> Tensor:
+        """`to_matrix` turned round."""
+        return W.reshape(self.parameter.shape)
+
+
+def _mask(name: str) -> str:
+    """The name of the mask that ``torch.nn.utils.prune`` keeps beside a parameter; empty where there is none."""
+    return f"{name.removesuffix('_orig')}_mask" if name.endswith("_orig") else ""
+
+
+def eager_name(name: str) -> str:
+    """The name that a module or a parameter has where nothing is compiled."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def joined(*parts: str) -> str:

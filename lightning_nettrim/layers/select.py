@@ -14,28 +14,26 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_nettrim.layers.attention import InProjection, OutProjection
-from lightning_nettrim.layers.base import Layer, Linear, joined
+from lightning_nettrim.layers.base import Layer, Linear, TransposedLinear, eager_name, joined
 from lightning_nettrim.layers.conv import Conv, ConvTranspose
 
 T = TypeVar("T")
+
+
+NOT_TARGETED, IGNORED = "not among the targets", "ignored"
+LEFT_OUT = (NOT_TARGETED, IGNORED)
+"""The reasons for layers that the user has left out."""
 
 
 def refuse_unusable(model: nn.Module) -> None:
     """Raise for a model that cannot be pruned in place.
 
     Raises:
-        ValueError: for compiled modules and for parameters on the meta device.
+        ValueError: for parameters on the meta device.
     """
-    for name, module in model.named_modules():
-        compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        if compiled:
-            raise ValueError(
-                f"{name or type(module).__name__}: expected an eager module, got a compiled one, through which hooks do"
-                " not fire: prune first and compile afterwards (a wrapper of torch.compile holds it as `_orig_mod`)"
-            )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(f"{name}: expected weights in memory, got the meta device: materialise the model first")
+            raise ValueError(f"{name}: expected weights in memory, got the meta device: materialize the model first")
 
 
 def prunable(
@@ -63,9 +61,9 @@ def prunable(
     skipped: dict[str, str] = {}
     for name, candidate in candidates.items():
         if name not in wanted:
-            skipped[name] = "not among the targets"
+            skipped[name] = NOT_TARGETED
         elif name in unwanted:
-            skipped[name] = "ignored"
+            skipped[name] = IGNORED
         elif isinstance(candidate, str):
             skipped[name] = candidate
         else:
@@ -84,10 +82,12 @@ def _candidates(model: nn.Module) -> tuple[dict[str, Layer | str], dict[str, nn.
     candidates: dict[str, Layer | str] = {}
     kinds: dict[str, nn.Module] = {}
     parts = {id(m.out_proj) for m in model.modules() if isinstance(m, nn.MultiheadAttention)}
+    measuring = {id(part) for module in model.modules() if _is_metric(module) for part in module.modules()}
     for path, module in model.named_modules():
         if _has_matrix(module) and id(module) not in parts:
             for name, candidate in _layers_of(path, module):
-                candidates[name], kinds[name] = candidate, module
+                reason = "it belongs to a metric, which measures the network and is no part of it"
+                candidates[name], kinds[name] = reason if id(module) in measuring else candidate, module
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
@@ -111,31 +111,55 @@ def _layers_of(path: str, module: nn.Module) -> Iterator[tuple[str, Layer | str]
     kind = type(module).__name__
     bias = None if getattr(module, "bias", None) is None else "bias"
     if is_parametrized(module):
-        yield path, f"its {kind} weight is parametrized: remove the parametrization first"
+        yield path, "its weight is computed by a parametrization: call parametrize.remove_parametrizations on it first"
     elif any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
-        yield path, "its weight is not initialised: run one batch first"
+        yield path, "its weight is not initialized: run one batch first"
     elif isinstance(module, nn.MultiheadAttention):
-        if module.in_proj_weight is None:
-            yield joined(path, "in_proj"), "its queries, keys and values have matrices of their own"
-        else:
-            whole = InProjection(
-                path, module, "in_proj_weight", None if module.in_proj_bias is None else "in_proj_bias"
-            )
-            yield whole.name, whole
-        last = OutProjection(path, module, "out_proj.weight", None if module.out_proj.bias is None else "out_proj.bias")
-        yield last.name, last
-    elif isinstance(module, nn.Linear):
-        yield path, Linear(path, module, bias=bias)
-    elif isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-        yield path, Conv(path, module, bias=bias)
-    elif isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-        yield path, ConvTranspose(path, module, bias=bias)
+        yield from _attention(path, module)
     elif isinstance(module, nn.RNNBase | nn.RNNCellBase):
-        yield path, f"{kind} feeds its answers back, so that an error grows from step to step unseen by its inputs"
+        yield path, f"{kind} feeds its outputs back, so that an error grows from step to step unseen by its inputs"
     elif isinstance(module, nn.Embedding | nn.EmbeddingBag):
         yield path, f"{kind} looks its rows up: there is no product to sparsify"
-    else:
+    elif (matrix := _kind_of(module)) is None:
         yield path, f"{kind} has parameters of its own that are no Linear's, convolution's or MultiheadAttention's"
+    elif (weight := _own(module, "weight")) is None or (bias is not None and (bias := _own(module, bias)) is None):
+        yield path, "its weight is computed by a hook: remove weight_norm or spectral_norm from the layer first"
+    else:
+        yield path, matrix(path, module, weight, bias)
+
+
+def _own(module: nn.Module, key: str) -> str | None:
+    """The name of a parameter, which `torch.nn.utils.prune` changes; ``None`` if it is none or computed otherwise."""
+    if key in module._parameters:
+        return key
+    return f"{key}_orig" if f"{key}_orig" in module._parameters and f"{key}_mask" in module._buffers else None
+
+
+def _attention(path: str, module: nn.MultiheadAttention) -> Iterator[tuple[str, Layer | str]]:
+    """The two layers of an attention."""
+    if module.in_proj_weight is None:
+        yield joined(path, "in_proj"), "its queries, keys and values have matrices of their own"
+    else:
+        bias = None if module.in_proj_bias is None else "in_proj_bias"
+        whole = InProjection(path, module, "in_proj_weight", bias)
+        yield whole.name, whole
+    if "weight" not in module.out_proj._parameters:
+        yield joined(path, "out_proj"), "its weight is computed by a hook or a parametrization: remove that first"
+    else:
+        last = OutProjection(path, module, "out_proj.weight", None if module.out_proj.bias is None else "out_proj.bias")
+        yield last.name, last
+
+
+def _kind_of(module: nn.Module) -> type[Layer] | None:
+    """The kind of layer that a module is."""
+    if isinstance(module, nn.Linear):
+        return Linear
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return Conv
+    if isinstance(module, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+        return ConvTranspose
+    names = {f"{cls.__module__}.{cls.__name__}" for cls in type(module).__mro__}
+    return TransposedLinear if names & {"transformers.pytorch_utils.Conv1D"} else None
 
 
 def _alike(layer: Layer, twin: Layer) -> bool:
@@ -164,11 +188,19 @@ def per_layer_options(
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    """Whether the module itself owns a parameter of two or more dimensions (initialised or not)."""
+    """Whether the module itself owns a weight of two or more dimensions (initialized or not).
+
+    Parameters by other names, as tokens and positions of a transformer are, make no layer.
+    """
     if is_parametrized(module):
         return True
-    own = [p for p in module._parameters.values() if p is not None]
-    return any(is_lazy(p) or p.dim() > 1 for p in own) or _is_quantized(module)
+    own = {name: p for name, p in module._parameters.items() if p is not None and "weight" in name}
+    return any(is_lazy(p) or p.dim() > 1 for p in own.values()) or _is_quantized(module)
+
+
+def _is_metric(module: nn.Module) -> bool:
+    """Whether a module is a metric of torchmetrics, which need not be installed."""
+    return any(cls.__name__ == "Metric" and cls.__module__ == "torchmetrics.metric" for cls in type(module).__mro__)
 
 
 def _is_quantized(module: nn.Module) -> bool:
@@ -199,7 +231,9 @@ def _matching(argument: str, keys: Sequence[str], layers: Mapping[str, nn.Module
 
 
 def _matches(key: str, name: str, module: nn.Module) -> bool:
+    """Whether a key means a layer, by its name with or without the prefix of compiled modules, or by its class."""
+    names = (name, eager_name(name))
     if key.startswith("re:"):
-        return re.fullmatch(key[3:], name) is not None
+        return any(re.fullmatch(key[3:], each) is not None for each in names)
     classes = {cls.__name__ for cls in type(module).__mro__ if cls not in (nn.Module, object)}
-    return key == name or key in classes or fnmatch.fnmatchcase(name, key)
+    return key in classes or any(key == each or fnmatch.fnmatchcase(each, key) for each in names)

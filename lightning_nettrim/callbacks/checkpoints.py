@@ -1,0 +1,89 @@
+"""Checkpoints: what is written holds the pruned network, whoever else changes checkpoints, and can be loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_nettrim.layers import eager_name
+
+
+def put_in(checkpoint: dict[str, Any], model: nn.Module) -> None:
+    """Let a checkpoint hold the weights that the model has now, in place of whatever others have put there.
+
+    Callbacks that average weights write their average, which is that of the dense network. What they or the module
+    have taken out stays out.
+    """
+    own, stored = model.state_dict(), checkpoint["state_dict"]
+    for name in stored:
+        if name in own and isinstance(stored[name], Tensor):
+            stored[name] = own[name]
+    if "current_model_state" in checkpoint:  # what WeightAveraging trains on with
+        checkpoint["current_model_state"] = own
+
+
+def verify(state: Mapping[str, Any], masks: Mapping[str, Tensor], what: str) -> None:
+    """Raise unless every weight that a mask does not keep is zero, where the weights are there at all.
+
+    Raises:
+        RuntimeError: naming the first tensor that is not.
+    """
+    for name, mask in masks.items():
+        value = state.get(name)
+        if value is not None and bool((value.detach().cpu() != 0)[~mask.cpu()].any()):
+            raise RuntimeError(
+                f"{what}: expected zeros where {name} was pruned, got other values: a callback or the module replaces"
+                " the weights in on_save_checkpoint; take it away"
+            )
+
+
+def verify_file(path: Path, masks: Mapping[str, Tensor]) -> None:
+    """`verify` a file as it was written; one that is still being written by another thread is not there yet."""
+    if path.is_file():
+        content = torch.load(path, map_location="cpu", weights_only=False)
+        verify(content["state_dict"], masks, str(path))
+
+
+def refuse_no_best(trainer: pl.Trainer) -> None:
+    """Raise MisconfigurationException where no ModelCheckpoint is going to know a best checkpoint."""
+    saver: Any = trainer.checkpoint_callback
+    if saver is None or getattr(saver, "monitor", None) is None or getattr(saver, "save_top_k", 0) == 0:
+        raise MisconfigurationException(
+            "NetTrim: checkpoint='best' expected a ModelCheckpoint with a monitor that keeps its best file, got"
+            f" {'none' if saver is None else 'one without'}: add ModelCheckpoint(monitor=...), or set checkpoint='last'"
+        )
+
+
+def load_best(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
+    """Put the weights of ModelCheckpoint's best file into the module, in place; returns its path.
+
+    Raises:
+        RuntimeError: where no file was kept.
+    """
+    path = str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
+    if not path:
+        raise RuntimeError("checkpoint='best': expected a best checkpoint, got none: nothing was monitored in this fit")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=False)
+    pl_module.on_load_checkpoint(checkpoint)
+    pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
+    return path
+
+
+def accept_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A hook before ``load_state_dict``: names of a compiled module fit the eager one, and the other way round."""
+    renamed = by_own_names({name: name for name in state}, module, prefix)
+    for name, stored in renamed.items():
+        if name != stored and name not in state:
+            state[name] = state.pop(stored)
+
+
+def by_own_names(values: Mapping[str, Any], module: nn.Module, prefix: str = "") -> dict[str, Any]:
+    """Values by the names that a module has for its parameters and buffers, be it compiled or not."""
+    own = {prefix + eager_name(name): prefix + name for name in module.state_dict()}
+    return {own.get(prefix + eager_name(name.removeprefix(prefix)), name): value for name, value in values.items()}

@@ -1,0 +1,594 @@
+"""Calibration through a module's own steps: other people's modules, forms of batches and steps, and what they keep."""
+
+from __future__ import annotations
+
+from collections import UserDict, namedtuple
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torchmetrics
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.demos.boring_classes import BoringModel, DemoModel, ManualOptimBoringModel
+from lightning.pytorch.demos.lstm import LightningLSTM
+from lightning.pytorch.demos.transformer import LightningTransformer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from lightning_nettrim import NetTrim, trim
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:The number of training batches"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
+    pytest.mark.filterwarnings("ignore:GPU available but not used"),
+    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:You called `self.log.'hp_metric'"),
+]
+
+P, N = 64, 6
+
+
+def rows(seed=0, count=P):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(count, N, generator=generator)
+    scale = 0.2 + torch.rand(count, 1, generator=generator)
+    return x, scale, (x[:, :3] * scale).argmax(1)
+
+
+def loader(form, collate=None):
+    x, scale, y = rows()
+    return DataLoader([form(*row) for row in zip(x, scale, y, strict=True)], batch_size=16, collate_fn=collate)
+
+
+class Base(pl.LightningModule):
+    """Two layers; what is done with a batch is up to `loss`."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(N, 8), nn.Linear(8, 3)
+
+    def net(self, x):
+        return self.fc2(self.fc1(x).relu())
+
+    def forward(self, x):
+        return self.net(x)
+
+    def loss(self, batch):
+        raise NotImplementedError
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.loss(batch))
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+class Tuple(Base):
+    def loss(self, batch):
+        x, y = batch
+        return F.cross_entropy(self(x), y)
+
+
+class OptionalScale(Base):
+    def forward(self, x, scale=None):
+        return self.net(x if scale is None else x * scale)
+
+    def loss(self, batch):
+        x, scale, y = batch.values() if isinstance(batch, dict) else batch
+        return F.cross_entropy(self(x, scale), y)
+
+
+class WholeTuple(Base):
+    def forward(self, batch):
+        x, scale, _ = batch
+        return self.net(x * scale)
+
+    def loss(self, batch):
+        return F.cross_entropy(self(batch), batch[2])
+
+
+class WholeDict(Base):
+    def forward(self, batch):
+        return self.net(batch["x"] * batch["scale"])
+
+    def loss(self, batch):
+        return F.cross_entropy(self(batch), batch["y"])
+
+
+class Keywords(Base):
+    """The form of Hugging Face's examples."""
+
+    def forward(self, **inputs):
+        return F.cross_entropy(self.net(inputs["x"]), inputs["y"])
+
+    def loss(self, batch):
+        return self(**batch)
+
+
+class ImageLabel(Base):
+    def loss(self, batch):
+        return F.cross_entropy(self(batch["image"]), batch["label"])
+
+
+class Nested(Base):
+    def loss(self, batch):
+        return F.cross_entropy(self(batch["inputs"]["x"] * batch["inputs"]["scale"]), batch["target"][0])
+
+
+class NoForward(Base):
+    forward = pl.LightningModule.forward
+
+    def loss(self, batch):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+
+class TrainingOnly(Tuple):
+    validation_step = pl.LightningModule.validation_step
+
+
+class OtherValidation(Tuple):
+    """Validates on batches of another form than it trains on."""
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", F.cross_entropy(self(batch["x"]), batch["y"]))
+
+
+class OwnStep(Tuple):
+    def validation_step(self, batch, batch_idx):
+        raise RuntimeError("not for training batches")
+
+    def calibration_step(self, batch):
+        self.net(batch[0])
+
+
+class Predicting(Tuple):
+    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+        return self(batch[0]).argmax(1)
+
+
+class Autoencoder(Base):
+    """Flattens in its steps; its forward only encodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Linear(N, 5), nn.ReLU(), nn.Linear(5, 2))
+        self.decoder = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, N))
+        del self.fc1, self.fc2
+
+    def forward(self, x):
+        return self.encoder(x)
+
+    def loss(self, batch):
+        x = batch[0].view(len(batch[0]), -1)
+        return F.mse_loss(self.decoder(self.encoder(x)), x)
+
+
+class Gan(Base):
+    """Two networks and two optimizers by hand; no validation; pictures are logged."""
+
+    def __init__(self):
+        super().__init__()
+        del self.fc1, self.fc2
+        self.automatic_optimization = False
+        self.generator = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, N))
+        self.discriminator = nn.Sequential(nn.Linear(N, 8), nn.LeakyReLU(0.2), nn.Linear(8, 1))
+
+    def forward(self, z):
+        return self.generator(z)
+
+    def training_step(self, batch):
+        real, one = batch[0], torch.ones(len(batch[0]), 1)
+        first, second = self.optimizers()
+        z = torch.randn(len(real), 4).type_as(real)
+        self.toggle_optimizer(first)
+        self.generated = self(z)
+        if self.logger is not None:
+            self.logger.experiment.add_image("generated", self.generated.detach().unsqueeze(0), 0)
+        loss = F.binary_cross_entropy_with_logits(self.discriminator(self(z)), one)
+        self.log("g_loss", loss, prog_bar=True)
+        self.manual_backward(loss)
+        first.step()
+        first.zero_grad()
+        self.untoggle_optimizer(first)
+        self.toggle_optimizer(second)
+        losses = [
+            F.binary_cross_entropy_with_logits(self.discriminator(real), one),
+            F.binary_cross_entropy_with_logits(self.discriminator(self(z).detach()), 0 * one),
+        ]
+        self.manual_backward(sum(losses))
+        second.step()
+        second.zero_grad()
+        self.untoggle_optimizer(second)
+        for schedule in self.lr_schedulers():
+            schedule.step()
+
+    validation_step = pl.LightningModule.validation_step
+
+    def configure_optimizers(self):
+        optimizers = [torch.optim.Adam(part.parameters(), lr=1e-3) for part in (self.generator, self.discriminator)]
+        return optimizers, [torch.optim.lr_scheduler.StepLR(optimizer, 10) for optimizer in optimizers]
+
+
+class Closure(TrainingOnly):
+    """Computes its loss in a closure of the optimizer."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+
+        def closure():
+            loss = self.loss(batch)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure=closure)
+
+
+class SeveralLosses(Base):
+    def __init__(self):
+        super().__init__()
+        self.other = nn.Linear(8, 1)
+
+    def forward(self, x):
+        hidden = self.fc1(x).relu()
+        return {"class": self.fc2(hidden), "value": self.other(hidden)}
+
+    def loss(self, batch):
+        x, scale, y = batch
+        found = self(x)
+        return F.cross_entropy(found["class"], y) + F.mse_loss(found["value"], scale)
+
+
+class SeveralLoaders(Tuple):
+    """Trains on a dict of batches."""
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch["a"]) + self.loss(batch["b"])
+
+
+class Noisy(Base):
+    """Samples in its steps, as variational autoencoders and diffusion models do."""
+
+    def loss(self, batch):
+        x, _ = batch
+        hidden = self.fc1(x + torch.randn_like(x)).relu()
+        return self.fc2(hidden).square().mean()
+
+
+class Views(Base):
+    """Compares two views of a batch among each other."""
+
+    def loss(self, batch):
+        (one, other), _ = batch
+        return F.cross_entropy(self(one) @ self(other).mT, torch.arange(len(one)))
+
+
+class ManyLoaders(Tuple):
+    def validation_step(self, batch, batch_idx, dataloader_idx):
+        self.log(f"val_loss_{dataloader_idx}", self.loss(batch), add_dataloader_idx=False)
+
+
+class Named(Base):
+    """Has names beside its tensors."""
+
+    def loss(self, batch):
+        assert len(batch["name"]) == len(batch["x"])
+        return F.cross_entropy(self(batch["x"]), batch["y"])
+
+
+class Attribute(Base):
+    def loss(self, batch):
+        return F.cross_entropy(self(batch.x), batch.y)
+
+
+class Crops(Base):
+    """Takes a list of inputs of several sizes."""
+
+    def loss(self, batch):
+        inputs, labels = batch
+        return F.cross_entropy(torch.stack([self(x).mean(0) for x in inputs]), torch.stack(labels))
+
+
+class Gradients(Base):
+    """Needs gradients by its inputs, as networks of energies and forces do."""
+
+    def loss(self, batch):
+        with torch.enable_grad():
+            x = batch[0].requires_grad_()
+            energy = self.net(x).square().sum()
+            (force,) = torch.autograd.grad(energy, x, create_graph=True)
+        return force.square().mean()
+
+
+class Collecting(Tuple):
+    """Keeps what its steps have computed until the epoch ends, and metrics beside."""
+
+    def __init__(self):
+        super().__init__()
+        self.outputs, self.seen, self.plain = [], 0, {"acc": torchmetrics.MeanMetric()}
+        self.mean = torchmetrics.MeanMetric()
+
+    def validation_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.outputs.append(loss)
+        self.seen += 1
+        self.mean.update(loss)
+        self.plain["acc"].update(loss)
+        self.log("mean", self.mean)
+
+    def on_validation_epoch_end(self):
+        assert len(self.outputs) == self.expected
+        self.log("val_loss", torch.stack(self.outputs).mean())
+        self.log("plain", self.plain["acc"].compute())
+        self.outputs.clear()
+        self.plain["acc"].reset()
+
+
+Pair = namedtuple("Pair", "x y")
+XY = {"collate": None, "form": lambda x, scale, y: (x, y)}
+
+
+def pairs(x, scale, y):
+    return x, y
+
+
+def triples(x, scale, y):
+    return x, scale, y
+
+
+def names(x, scale, y):
+    return {"x": x, "scale": scale, "y": y}
+
+
+def crops(batch):
+    return [x.repeat(1 + i % 3, 1) for i, (x, y) in enumerate(batch)], [y for x, y in batch]
+
+
+class Encoding(UserDict):
+    """A mapping that is no dict, with attributes, as Hugging Face's tokenizers return."""
+
+    def __getattr__(self, name):
+        return self["data" if name == "data" else name] if name != "data" else super().__getattribute__("data")
+
+
+def encoded(batch):
+    return Encoding({key: torch.stack([row[key] for row in batch]) for key in ("x", "y")})
+
+
+class Words(torch.utils.data.Dataset):
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, index):
+        generator = torch.Generator().manual_seed(index)
+        words = torch.randint(20, (9,), generator=generator)
+        return words[:-1], words[1:]
+
+
+def offline(kind):
+    """A demo of Lightning with a small vocabulary, which downloads nothing."""
+    return type(kind.__name__, (kind,), {"prepare_data": lambda self: None})(20)
+
+
+TABLE = {
+    "(x, y), validation_step": (Tuple, lambda: loader(pairs), "validation_step"),
+    "(x, scale, y), optional argument": (OptionalScale, lambda: loader(triples), "validation_step"),
+    "dict, optional argument": (OptionalScale, lambda: loader(names), "validation_step"),
+    "forward(batch) of a tuple": (WholeTuple, lambda: loader(triples), "validation_step"),
+    "forward(batch) of a dict": (WholeDict, lambda: loader(names), "validation_step"),
+    "forward(**inputs)": (Keywords, lambda: loader(lambda x, s, y: {"x": x, "y": y}), "validation_step"),
+    "image and label": (ImageLabel, lambda: loader(lambda x, s, y: {"image": x, "label": y}), "validation_step"),
+    "nested": (
+        Nested,
+        lambda: loader(lambda x, s, y: {"inputs": {"x": x, "scale": s}, "target": [y]}),
+        "validation_step",
+    ),
+    "no forward": (NoForward, lambda: loader(pairs), "validation_step"),
+    "training_step only": (TrainingOnly, lambda: loader(pairs), "training_step"),
+    "validation of another form": (OtherValidation, lambda: loader(pairs), "training_step"),
+    "calibration_step": (OwnStep, lambda: loader(pairs), "calibration_step"),
+    "predict_step": (Predicting, lambda: loader(pairs), "predict_step"),
+    "autoencoder": (Autoencoder, lambda: loader(pairs), "validation_step"),
+    "gan": (Gan, lambda: loader(pairs), "training_step"),
+    "closure": (Closure, lambda: loader(pairs), "training_step"),
+    "several losses": (SeveralLosses, lambda: loader(triples), "validation_step"),
+    "several loaders": (SeveralLoaders, lambda: {"a": loader(pairs), "b": loader(pairs)}, "training_step"),
+    "noise": (Noisy, lambda: loader(pairs), "validation_step"),
+    "two views": (Views, lambda: loader(lambda x, s, y: ((x, x + 0.1), y)), "validation_step"),
+    "dataloader_idx": (ManyLoaders, lambda: loader(pairs), "validation_step"),
+    "strings": (Named, lambda: loader(lambda x, s, y: {"x": x, "y": y, "name": f"{y}"}), "validation_step"),
+    "named tuple": (Attribute, lambda: loader(lambda x, s, y: Pair(x, y)), "validation_step"),
+    "another mapping": (Attribute, lambda: loader(names, encoded), "validation_step"),
+    "lists of several sizes": (Crops, lambda: loader(pairs, crops), "validation_step"),
+    "gradients by inputs": (Gradients, lambda: loader(pairs), "validation_step"),
+    "BoringModel": (BoringModel, None, "validation_step"),
+    "ManualOptimBoringModel": (ManualOptimBoringModel, None, "validation_step"),
+    "DemoModel": (DemoModel, lambda: DataLoader(torch.randn(64, 32), batch_size=8), "training_step"),
+    "LightningTransformer": (lambda: offline(LightningTransformer), lambda: DataLoader(Words(), 8), "training_step"),
+    "LightningLSTM": (lambda: offline(LightningLSTM), lambda: DataLoader(Words(), 8, drop_last=True), "training_step"),
+}
+
+
+def make_trainer(path, *callbacks, **options):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    defaults = {"logger": False, "max_epochs": 2, "log_every_n_steps": 1, "num_sanity_val_steps": 0} | quiet
+    return pl.Trainer(
+        accelerator="cpu", devices=1, default_root_dir=path, callbacks=list(callbacks), **(defaults | options)
+    )
+
+
+@pytest.mark.parametrize(("kind", "data", "step"), TABLE.values(), ids=TABLE.keys())
+def test_other_peoples_modules_are_pruned(tmp_path, kind, data, step):
+    """Zeros in memory, in the file and after a reload; weights were not moved by the calibration; nothing is left."""
+    model = kind()
+    asked = "predict_step" if step == "predict_step" else None
+    callback = NetTrim(sparsity=0.5, allocate="uniform", calibration_step=asked, max_rows=512)
+    attributes = {*vars(model)}
+    trainer = make_trainer(tmp_path, callback)
+    trainer.fit(model, *([] if data is None else [data()]))
+    assert callback.result.reports
+    for report in callback.result.reports:
+        assert report.zeros == round(0.5 * report.zeros / report.sparsity)
+        assert report.sparsity == pytest.approx(0.5, abs=0.03)
+        assert report.relative_error < 0.9
+    assert '"calibration_step": "' + step in (tmp_path / "nettrim/report.json").read_text()
+    assert {*vars(model)} - attributes <= {"generated", "_hparams"}
+    saved = torch.load(tmp_path / "nettrim/pruned.ckpt", weights_only=True)["state_dict"]
+    reloaded = kind()
+    reloaded.load_state_dict(saved)
+    for name, kept in callback.masks.items():
+        for tensor in (model.get_parameter(name), saved[name], reloaded.get_parameter(name)):
+            assert torch.equal(tensor != 0, kept)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def accuracy(model, *inputs):
+    with torch.no_grad():
+        return float((model.eval()(*inputs).argmax(1) == rows(7, 2000)[2]).float().mean())
+
+
+@pytest.mark.parametrize("form", [triples, names])
+def test_an_optional_argument_is_not_lost(tmp_path, form):
+    torch.manual_seed(0)
+    x, scale, _ = rows(7, 2000)
+    model = OptionalScale()
+    x_train, s_train, y_train = rows(1, 2000)
+    data = DataLoader([form(*row) for row in zip(3 * x_train, s_train / 3, y_train, strict=True)], batch_size=100)
+    callback = NetTrim(sparsity=0.5, allocate="uniform")
+    watch = Trained()
+    make_trainer(tmp_path, watch, callback, max_epochs=20).fit(model, data)
+    pruned = accuracy(model, 3 * x, scale / 3)
+    model.load_state_dict(watch.state)
+    dense = accuracy(model, 3 * x, scale / 3)
+    assert dense > 0.85
+    assert pruned > dense - 0.1
+
+
+class Trained(pl.Callback):
+    def on_train_end(self, trainer, pl_module):
+        self.state = {name: value.clone() for name, value in pl_module.state_dict().items()}
+
+
+def test_the_network_is_trained_as_without_the_callback(tmp_path):
+    """Neither the check on the first batch nor the loggers' state or random numbers change the training."""
+    trained = []
+    for callbacks in ([], [NetTrim(sparsity=0.5)], [NetTrim(max_drop=1.0, monitor="val_loss")]):
+        torch.manual_seed(5)
+        data = DataLoader([*zip(*rows(), strict=True)], batch_size=16, shuffle=True)
+        watch, model = Trained(), SeveralLosses()
+        make_trainer(tmp_path, watch, *callbacks).fit(model, data, loader(triples))
+        trained.append(watch.state)
+    for other in trained[1:]:
+        assert all(torch.equal(trained[0][name], other[name]) for name in trained[0])
+
+
+def test_metrics_and_lists_of_a_module_are_as_before(tmp_path):
+    model = Collecting()
+    model.expected = 4
+    data = loader(pairs)
+    callback = NetTrim(sparsity=0.5, allocate="uniform")
+    make_trainer(tmp_path, callback, max_epochs=3).fit(model, data, data)
+    assert model.outputs == []
+    assert model.seen == 12
+    assert model.mean._update_count == 0
+    for side in ("dense", "pruned"):
+        assert callback.metrics[side]["val_loss"] == pytest.approx(callback.metrics[side]["mean"])
+        assert callback.metrics[side]["val_loss"] == pytest.approx(callback.metrics[side]["plain"])
+
+
+class Momentum(TrainingOnly):
+    """Changes parameters in its step, as momentum encoders do."""
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            self.fc2.weight.mul_(0.999)
+        return self.loss(batch)
+
+
+class Unreached(TrainingOnly):
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "message"),
+    [
+        (Momentum, {}, r"training_step: it changes fc2.weight.*define calibration_step\(self, batch\)"),
+        (Unreached, {"targets": ["unused"]}, "training_step: it calls no layer that is to be pruned"),
+        (Tuple, {"calibration_step": "forwards"}, "calibration_step: expected a method of Tuple, .* got 'forwards'"),
+        (Tuple, {"calibration_step": "test_step"}, "test_step: there is no such step"),
+        (OwnStep, {"calibration_step": "validation_step"}, "validation_step: it raised RuntimeError: not for training"),
+    ],
+)
+def test_what_cannot_work_after_training_fails_before_it(tmp_path, kind, arguments, message):
+    model, watch = kind(), Trained()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(MisconfigurationException, match=message):
+        make_trainer(tmp_path, watch, NetTrim(sparsity=0.5, **arguments)).fit(model, loader(pairs))
+    assert not hasattr(watch, "state")
+    assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
+
+
+def test_loggers_see_nothing_of_the_calibration(tmp_path):
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    make_trainer(tmp_path, NetTrim(sparsity=0.5, allocate="uniform"), logger=logger).fit(Gan(), loader(pairs))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    found = EventAccumulator(str(tmp_path / "run"), size_guidance={"images": 0}).Reload()
+    assert len(found.Images("generated")) == 8
+    assert len(found.Scalars("g_loss")) == 8
+
+
+class Masked(nn.Module):
+    """Tokens through attention that padding takes no part in."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(11, 12)
+        self.block = nn.TransformerEncoderLayer(12, 2, 16, batch_first=True)
+        self.head = nn.Linear(12, 11)
+
+    def forward(self, ids, attention_mask):
+        return self.head(self.block(self.embed(ids), src_key_padding_mask=attention_mask == 0))
+
+
+@pytest.mark.parametrize("form", [tuple, lambda pair: dict(zip(("ids", "attention_mask"), pair, strict=True))])
+def test_padded_tokens_are_left_out(form):
+    torch.manual_seed(0)
+    lengths = torch.randint(2, 9, (40,))
+    mask = (torch.arange(9) < lengths.unsqueeze(1)).long()
+    ids = torch.randint(1, 11, (40, 9))
+    results = []
+    for padding in (torch.zeros_like(ids), torch.full_like(ids, 7)):
+        torch.manual_seed(1)
+        model = Masked().eval()
+        padded = torch.where(mask == 1, ids, padding)
+        trim(model, [form(pair) for pair in zip(padded.split(10), mask.split(10), strict=True)], sparsity=0.5)
+        results.append(model.state_dict())
+    assert all(torch.allclose(results[0][name], results[1][name], atol=1e-6) for name in results[0])
+
+
+def test_samples_are_inputs_and_rows_have_a_limit_of_their_own():
+    torch.manual_seed(0)
+    sequences = torch.randn(20, 50, 12)
+    errors = {}
+    for most in (None, 64):
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(12, 30), nn.ReLU(), nn.Linear(30, 12)).eval()
+        with torch.no_grad():
+            dense = model(sequences)
+            trim(model, sequences.split(4), sparsity=0.6, num_samples=32, max_rows=most, allocate="uniform")
+            errors[most] = float((model(sequences) - dense).norm() / dense.norm())
+    assert errors[None] < 0.9 * errors[64]
