@@ -115,7 +115,7 @@ def record(
 
     def listen(name: str, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         seen = layer.see(args, kwargs, output)
-        kept = masks.kept(seen.shape)
+        kept = masks.kept(seen.shape, next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None))
         chosen, keys = reservoirs[name].pick(seen.count if kept is None else len(kept))
         chosen = chosen if kept is None else kept[chosen]
         call = _Waiting(layer, chosen, keys, sums[name])

@@ -104,8 +104,8 @@ class Fold:
         return self.shift if residual is None else residual + self.shift
 
     def answer(self, Z: Tensor, R: Tensor | None) -> Tensor:
-        """``(groups, P, M)``: the response to recorded outputs."""
-        U = self.layer.columns(Z).mul_(self.scale).add_(self.shift)
+        """``(groups, P, M)``: the response to recorded outputs, which stay as they are."""
+        U = torch.addcmul(self.shift, self.layer.columns(Z), self.scale)
         if R is not None:
             U.add_(self.layer.columns(R))
         return U if self.rectifier is None else self.rectifier(U)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -17,16 +17,27 @@ PADDED = ("src_key_padding_mask", "tgt_key_padding_mask", "key_padding_mask", "p
 
 
 class PaddingMasks:
-    """The masks of the modules that are running; the innermost one that fits a tensor says what is padded in it."""
+    """The masks of the modules that are running; the innermost one that fits a tensor says what is padded in it.
+
+    What a decoder attends to, its ``encoder_hidden_states``, has a mask of its own, ``encoder_attention_mask``.
+    """
 
     def __init__(self) -> None:
         self._masks: list[Tensor | None] = []
+        self._attended: dict[int, Tensor | None] = {}  # masks of what decoders attend to, by its place in memory
 
-    def kept(self, shape: Sequence[int]) -> Tensor | None:
-        """``(n,)`` positions of a tensor with leading dimensions ``shape`` that are no padding; ``None`` is all."""
+    def kept(self, shape: Sequence[int], x: Tensor | None = None) -> Tensor | None:
+        """``(n,)`` positions of a layer's tensors that are no padding; ``None`` is all.
+
+        Args:
+            shape: their leading dimensions, ``(batch, tokens)`` or the other way round.
+            x: what the layer is called with.
+        """
         if len(shape) != 2:
             return None
-        for mask in reversed(self._masks):
+        place = -1 if x is None else x.data_ptr()
+        masks = [self._attended[place]] if place in self._attended else self._masks
+        for mask in reversed(masks):
             if mask is None:
                 return None
             for candidate in (mask, mask.mT):
@@ -40,11 +51,7 @@ class PaddingMasks:
 
         def enter(names: list[str]) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
             def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                given = dict(zip(names, args, strict=False)) | kwargs
-                decodes = given.get("encoder_hidden_states") is not None and given.get("attention_mask") is None
-                inherited = self._masks[-1] if self._masks and not decodes else None  # an encoder's mask is not its own
-                mask = _mask(given)
-                self._masks.append(inherited if mask is None else mask)
+                self._enter(dict(zip(names, args, strict=False)) | kwargs)
 
             return hook
 
@@ -59,15 +66,33 @@ class PaddingMasks:
                     stack.callback(module.register_forward_hook(leave, always_call=True).remove)
             yield self
 
+    def _enter(self, arguments: dict[str, Any]) -> None:
+        """A module is called with these arguments."""
+        attended, theirs = (arguments.get(f"encoder_{name}") for name in ("hidden_states", "attention_mask"))
+        if isinstance(attended, Tensor):
+            if _fits(theirs):
+                self._attended[attended.data_ptr()] = theirs != 0
+            elif theirs is None:
+                self._attended.setdefault(attended.data_ptr(), None)
+        unmasked = attended is not None and arguments.get("attention_mask") is None
+        inherited = self._masks[-1] if self._masks and not unmasked else None  # an encoder's mask is not a decoder's
+        mask = _mask(arguments)
+        self._masks.append(inherited if mask is None else mask)
+
     def forget(self) -> None:
-        """After a forward pass that was ended halfway."""
+        """After a forward pass, which may have been ended halfway."""
         self._masks.clear()
+        self._attended.clear()
 
 
 def _mask(arguments: dict[str, Any]) -> Tensor | None:
     """``(batch, tokens)`` bool, True at tokens, if there is such an argument."""
     for name in (*KEPT, *PADDED):
         mask = arguments.get(name)
-        if isinstance(mask, Tensor) and mask.dim() == 2:
+        if _fits(mask):
             return mask != 0 if name in KEPT else mask == 0
     return None
+
+
+def _fits(mask: Any) -> TypeGuard[Tensor]:
+    return isinstance(mask, Tensor) and mask.dim() == 2

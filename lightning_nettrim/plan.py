@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_nettrim.capture import watch
 from lightning_nettrim.flow import Flow
-from lightning_nettrim.layers import LEFT_OUT, Layer, joined, per_layer_options, prunable
+from lightning_nettrim.layers import LEFT_OUT, Layer, joined, matrices, per_layer_options, prunable
 from lightning_nettrim.pattern import Pattern
 from lightning_nettrim.ranks import ALONE, Ranks
 from lightning_nettrim.replay import Replay, evaluating
@@ -270,8 +270,8 @@ def _weights(model: nn.Module, name: str, direct: Collection[str]) -> int:
         module = model.get_submodule(name)
     except AttributeError:  # a part of a module, as the projections of an attention are
         return 0
-    own = {key: p for key, p in module.named_parameters(recurse=False) if not is_lazy(p) and p.dim() > 1}
-    return sum(p.numel() for key, p in own.items() if "weight" in key or joined(name, key) in direct)
+    own = {key: p for key, p in module.named_parameters(recurse=False) if joined(name, key) in direct}
+    return sum(p.numel() for p in (own | matrices(module)).values() if not is_lazy(p))
 
 
 def coverage(todo: Plan) -> str:

@@ -127,7 +127,7 @@ def precheck(model: nn.Module, source: Source, choice: Choice, settings: Setting
         RuntimeError: if another process has failed, has ended or has other weights.
     """
     source = replace(source, num_samples=CHECKED_INPUTS)
-    pruner = prepare(model, source, choice, replace(settings, max_rows=CHECKED_ROWS, importance="equal"))
+    pruner = prepare(model, source, choice, replace(settings, max_rows=CHECKED_ROWS))
     budgets = pruner.todo.budgets
     name = min(budgets, key=lambda name: pruner.todo.layers[name].parameter.numel())
     budget = replace(budgets[name], sparsity=0.5) if budgets[name].sparsity == 0 else budgets[name]

@@ -83,8 +83,10 @@ class Signals:
 
     def feeds(self, name: str, source: Tape, target: Tape) -> bool:
         """Whether the target's input is the source's answer, bit by bit and row by row, in every process."""
-        answer = self.answer(name, source)
-        return self.ranks.all(target.X is not None and torch.equal(answer[0], target.X.to(answer.dtype)))
+        return self._equal(self.answer(name, source)[0], target)
+
+    def _equal(self, answer: Tensor, target: Tape) -> bool:
+        return self.ranks.all(target.X is not None and torch.equal(answer, target.X.to(answer.dtype)))
 
     def importance(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """``{name: (groups, 1, M)}``: the norm of the weights by which others read each neuron, with mean square one.
@@ -94,9 +96,10 @@ class Signals:
         """
         first = replace(self, held=self.held[:1], rows=dict.fromkeys(self.rows, GLANCE))
         tapes = first.tapes(*self.todo.layers)
+        answers = {name: self.answer(name, tape)[0] for name, tape in tapes.items()}
         factors = {}
-        for name in tapes:
-            readers = [reader for reader in tapes if reader != name and self.feeds(name, tapes[name], tapes[reader])]
+        for name, answer in answers.items():
+            readers = [reader for reader in tapes if reader != name and self._equal(answer, tapes[reader])]
             if readers:
                 inputs = self.todo.layers[name].outputs
                 square = torch.stack([weights[reader][0, :inputs].square().sum(-1) for reader in readers]).sum(0)

@@ -16,7 +16,7 @@ from lightning_nettrim.layers import Layer
 
 PRODUCTS = {
     "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "matmul", "convolution", "_convolution",
-    "convolution_overrideable", "mkldnn_linear", "mkldnn_convolution",
+    "convolution_overrideable", "mkldnn_linear", "mkldnn_convolution", "_grouped_mm", "_scaled_grouped_mm",
 }  # fmt: skip
 
 

@@ -11,8 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_nettrim import ADMM, Cardinality, Magnitude, trim
+from lightning_nettrim.flow import Flow
+from lightning_nettrim.fold import Fold
+from lightning_nettrim.layers import prunable
 from lightning_nettrim.plan import Budget, choose
 from lightning_nettrim.prune import Pruner
+from lightning_nettrim.rectifier import Rectifier
 from lightning_nettrim.rehearse import Rehearsal
 from lightning_nettrim.sample import hold
 from lightning_nettrim.trained import Settings
@@ -229,3 +233,39 @@ def test_prelu_has_a_slope_for_each_channel():
     linear = posed(model, torch.randn(4, 3, 6, 6), name="0", epsilon=0.1, sparsity=None)
     assert linear.Omega is None
     torch.testing.assert_close(linear.response(linear.W), linear.Y, rtol=1e-4, atol=1e-5)
+
+
+def test_an_answer_leaves_the_recording_as_it_is():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()
+    model[1].running_var.mul_(1e-4)
+    fold = Fold.of(prunable(model)[0]["0"], Flow(1, "1", 1, Rectifier()), model, False)
+    Z, R = torch.randn(100, 6), torch.randn(100, 6)
+    before = Z.clone(), R.clone()
+    first = fold.answer(Z, R)
+    assert torch.equal(fold.answer(Z, R), first)
+    assert torch.equal(Z, before[0])
+    assert torch.equal(R, before[1])
+
+
+def test_every_reader_of_a_layer_is_found():
+    class Two(nn.Module):
+        """Two layers read the first one, after a residual sum."""
+
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c, self.d = (nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, x):
+            h = self.a(x).relu()
+            k = (self.b(h) + h).relu()
+            return self.c(k) * self.d(k)
+
+    torch.manual_seed(0)
+    model, x = Two().eval(), torch.randn(100, 6)
+    pruning = pruner(model, x)
+    found = pruning.signals.importance(pruning.weights())
+    assert set(found) == {"a", "b"}
+    square = sum(layer.weight.detach().square().sum(0) for layer in (model.c, model.d))
+    expected = (square / square.mean()).clamp(min=1e-2).sqrt()
+    torch.testing.assert_close(found["b"].flatten(), expected)

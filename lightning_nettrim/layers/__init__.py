@@ -3,7 +3,7 @@
 from lightning_nettrim.layers.attention import InProjection, OutProjection
 from lightning_nettrim.layers.base import Layer, Linear, Seen, TransposedLinear, eager_name, joined, solve_dtype
 from lightning_nettrim.layers.conv import Conv, ConvTranspose
-from lightning_nettrim.layers.select import LEFT_OUT, per_layer_options, prunable, refuse_unusable
+from lightning_nettrim.layers.select import LEFT_OUT, matrices, per_layer_options, prunable, refuse_unusable
 
 __all__ = [
     "Conv",
@@ -17,6 +17,7 @@ __all__ = [
     "TransposedLinear",
     "eager_name",
     "joined",
+    "matrices",
     "per_layer_options",
     "prunable",
     "refuse_unusable",

@@ -188,14 +188,17 @@ def per_layer_options(
 
 
 def _has_matrix(module: nn.Module) -> bool:
-    """Whether the module itself owns a weight of two or more dimensions (initialized or not).
+    """Whether the module itself owns a weight of two or more dimensions (initialized or not)."""
+    return is_parametrized(module) or bool(matrices(module)) or _is_quantized(module)
+
+
+def matrices(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own parameters of two or more dimensions, or not initialized yet, that are called weights.
 
     Parameters by other names, as tokens and positions of a transformer are, make no layer.
     """
-    if is_parametrized(module):
-        return True
-    own = {name: p for name, p in module._parameters.items() if p is not None and "weight" in name}
-    return any(is_lazy(p) or p.dim() > 1 for p in own.values()) or _is_quantized(module)
+    own = {key: p for key, p in module._parameters.items() if p is not None and ("weight" in key or "proj" in key)}
+    return {key: p for key, p in own.items() if is_lazy(p) or p.dim() > 1}
 
 
 def _is_metric(module: nn.Module) -> bool:
