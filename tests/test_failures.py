@@ -190,3 +190,4 @@ def test_layers_of_an_earlier_run_are_used_where_they_fit(change, tmp_path, monk
         assert "cannot be read" in caplog.text
     left = {"none": 0, "corrupted": 1}.get(change, 3)  # that fit no other run
     assert len(list(tmp_path.rglob("layers/*"))) == left
+    assert not list(tmp_path.rglob("running"))

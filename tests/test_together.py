@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import socket
+import subprocess
+import sys
 import time
 
 import lightning.pytorch as pl
@@ -29,6 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nettrim import Magnitude, NetTrim
+from lightning_nettrim.callbacks import folder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
@@ -452,8 +456,30 @@ def test_runs_without_a_logger_have_folders_of_their_own(tmp_path):
     for _ in range(3):
         make_trainer(tmp_path, callback := half()).fit(Net())
         folders.append(callback.folder)
-    assert [folder.name for folder in folders] == ["nettrim", "nettrim_1", "nettrim_2"]
-    assert all({path.name for path in folder.iterdir()} == {"pruned.ckpt", "report.json"} for folder in folders)
+    assert [each.name for each in folders] == ["nettrim", "nettrim_1", "nettrim_2"]
+    assert all({path.name for path in each.iterdir()} == {"pruned.ckpt", "report.json"} for each in folders)
+
+
+def test_layers_of_a_run_that_is_still_running_are_left_alone(tmp_path):
+    def left(process):
+        """What a run beside the one of a process finds."""
+        trainer = make_trainer(tmp_path)
+        trainer.strategy.connect(Net())
+        claimed = folder.claim(trainer)
+        (claimed / "layers").mkdir()
+        if process is not None:
+            (claimed / "running").write_text(f"{socket.gethostname()} {process}")
+        return claimed, [path.parent for path in folder.unfinished(trainer, folder.claim(trainer))]
+
+    own, found = left(None)
+    assert found == [own]
+    other = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    try:
+        theirs, found = left(other.pid)
+        assert theirs not in found
+    finally:
+        other.communicate(b"\n")
+    assert theirs in [path.parent for path in folder.unfinished(make_trainer(tmp_path), own)]
 
 
 def test_an_unwritable_folder_is_refused_before_training(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-NAME = "nettrim"
+NAME, RUNNING = "nettrim", "running"
+"""Of the folder, and of the file in it that names the process that is working there."""
 
 
 def root(trainer: pl.Trainer) -> Path | None:
@@ -46,6 +48,7 @@ def claim(trainer: pl.Trainer) -> Path | None:
                 folder.mkdir(parents=True)
             except FileExistsError:
                 continue
+            (folder / RUNNING).write_text(f"{socket.gethostname()} {os.getpid()}", encoding="utf-8")
             claimed = str(folder)
             break
     return Path(str(trainer.strategy.broadcast(claimed)))
@@ -61,9 +64,24 @@ def refuse_unwritable(trainer: pl.Trainer) -> None:
 
 
 def unfinished(trainer: pl.Trainer, folder: Path) -> list[Path]:
-    """Where runs beside this one have left finished layers, the latest first."""
+    """Where runs beside this one that have ended have left finished layers, the latest first."""
     patterns = [(folder.parent, f"{NAME}*/layers")]
     if trainer.loggers:  # beside a run there are others of the same logger
         patterns.append((folder.parent.parent, f"*/{NAME}*/layers"))
-    found = {path for where, pattern in patterns for path in where.glob(pattern)}
+    found = {path for where, pattern in patterns for path in where.glob(pattern) if not _running(path.parent)}
     return sorted(found, key=os.path.getmtime, reverse=True)
+
+
+def release(folder: Path) -> None:
+    """Say that no process is working in a folder any more."""
+    (folder / RUNNING).unlink(missing_ok=True)
+
+
+def _running(folder: Path) -> bool:
+    """Whether another process of this machine is working in a folder."""
+    try:
+        host, pid = (folder / RUNNING).read_text(encoding="utf-8").split()
+        os.kill(int(pid), 0)
+    except (OSError, ValueError):
+        return False
+    return host == socket.gethostname() and int(pid) != os.getpid()

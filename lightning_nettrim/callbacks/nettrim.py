@@ -365,6 +365,8 @@ class NetTrim(Callback):
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Nothing is under way any more; a failure of pruning is raised now that all others have finished."""
         failure = self._failure
+        if self.folder is not None and trainer.is_global_zero:
+            folder.release(self.folder)
         self._release()
         self._reset()
         if failure is not None:
