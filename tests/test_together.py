@@ -197,6 +197,9 @@ def test_zeros_in_memory_in_the_file_and_after_a_reload(tmp_path, other, first):
     saved = stored(file)
     assert saved.keys() == own.keys()
     assert all(torch.equal(saved[name], own[name]) for name in own)
+    if not isinstance(beside, ModelPruning):  # which prunes after every validation
+        (again,) = trainer.validate(model, verbose=False)
+        assert again["val_loss"] == callback.metrics["pruned"]["val_loss"]
     trainer.save_checkpoint(tmp_path / "later.ckpt")
     assert all(torch.equal(value, own[name]) for name, value in stored(tmp_path / "later.ckpt").items())
     if not any("_orig" in name for name in own):

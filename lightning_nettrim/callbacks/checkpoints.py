@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_nettrim.layers import eager_name
 
@@ -26,6 +27,17 @@ def put_in(checkpoint: dict[str, Any], model: nn.Module) -> None:
             stored[name] = own[name]
     if "current_model_state" in checkpoint:  # what WeightAveraging trains on with
         checkpoint["current_model_state"] = own
+
+
+def share_with_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    """Let the averages that other callbacks hold be the weights that the module has now.
+
+    WeightAveraging puts its average in place of the weights in every later validation and checkpoint.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for held in vars(callback).values():
+            if isinstance(held, AveragedModel):
+                held.module.load_state_dict(pl_module.state_dict())
 
 
 def verify(state: Mapping[str, Any], masks: Mapping[str, Tensor], what: str) -> None:

@@ -556,6 +556,7 @@ class NetTrim(Callback):
                 **where,
             )
         self.result, self.masks, self._pruned_to, self._keeping = result, result.masks, self._budget(), False
+        checkpoints.share_with_averages(trainer, pl_module)
         after = {name: parameter.detach() for name, parameter in pl_module.named_parameters()}
         publish_histograms(trainer, *({name: side[name] for name in self.masks} for side in (before, after)))
 
