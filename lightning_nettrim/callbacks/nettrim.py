@@ -208,7 +208,7 @@ class NetTrim(Callback):
         self._keeping = False  # zeros are enforced in this fit
         self._pruning = False  # this fit ends with pruning
         self._checked = False  # that it can was seen on the first batch
-        self._step: str | None = None  # that calibration batches run through, once it is known
+        self._step: StepForward | None = None  # that calibration batches run through, once it is known
         self._ended = False  # training has come to its end
         self._awaiting = False  # the pruned network is being validated by the user's own validation
         self._failure: Exception | None = None  # of pruning, to be raised when all others have finished
@@ -464,11 +464,11 @@ class NetTrim(Callback):
             try:
                 with ranks.together():
                     step = choose_step(trainer, pl_module, layers, loaded, self.calibration_step)
-                ranks.agree({"calibration_step": step})
+                ranks.agree({"calibration_step": step.step})
             except ValueError as error:
                 raise MisconfigurationException(f"NetTrim: {error}") from error
             self._step = step
-        return StepForward(trainer, self._step)
+        return self._step
 
     @contextmanager
     def _postponed_failure(self, trainer: pl.Trainer) -> Iterator[None]:
@@ -589,9 +589,11 @@ class NetTrim(Callback):
         """Scalars and tables to the loggers, the table to the console, the checkpoint and the report to files."""
         assert self.result is not None
         arguments = self._trim_arguments | {
-            "monitor": self.monitor, "calibration": self.calibration, "calibration_step": self._step,
+            "monitor": self.monitor,
+            "calibration": self.calibration,
+            "calibration_step": None if self._step is None else self._step.step,
             "checkpoint": self.checkpoint,
-        }  # fmt: skip
+        }
         publish(trainer, self.result, self.metrics, arguments, self.folder if self.save else None)
 
     def _show_plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

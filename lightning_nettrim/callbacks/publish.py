@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_nettrim.callbacks.checkpoints import verify_file
 from lightning_nettrim.callbacks.compare import sibling
+from lightning_nettrim.callbacks.folder import release
 from lightning_nettrim.callbacks.package import is_a
 from lightning_nettrim.journal import clear, write_whole
 from lightning_nettrim.method import chosen
@@ -50,6 +51,7 @@ def publish(
         write_whole(folder / "report.json", f"{text}\n".encode())
         clear(folder / "layers", result.reused)
         (folder / "dense.ckpt").unlink(missing_ok=True)
+        release(folder)
         _upload(trainer, folder)
     trainer.print(f"\nNetTrim: wrote {folder / 'pruned.ckpt'} and report.json beside it")
 

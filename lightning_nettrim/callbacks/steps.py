@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from lightning_nettrim import mask
 from lightning_nettrim.callbacks.package import dummy_logger, is_a, of_package, overridden
 from lightning_nettrim.callbacks.preserve import preserved
 from lightning_nettrim.layers import Layer
@@ -36,15 +37,17 @@ class Loaded(NamedTuple):
 class StepForward:
     """Runs a batch through a step of a module, without a trace.
 
-    `self.log` and loggers are mute, optimizers and schedulers do nothing, and metrics and attributes are put back.
+    `self.log` and loggers are mute, optimizers and schedulers do nothing, and metrics and attributes are put back, as
+    are the parameters and buffers that the step changes itself (momentum encoders, queues, counters).
 
     Args:
         trainer: of the module.
         step: name of the step.
+        changed: names of those parameters and buffers.
     """
 
-    def __init__(self, trainer: pl.Trainer, step: str) -> None:
-        self._trainer, self.step = trainer, step
+    def __init__(self, trainer: pl.Trainer, step: str, changed: Sequence[str] = ()) -> None:
+        self._trainer, self.step, self._changed = trainer, step, list(changed)
 
     def __call__(self, model: nn.Module, loaded: Loaded) -> Any:
         """What the step returns."""
@@ -59,6 +62,7 @@ class StepForward:
         own_dtype = "true" in str(precision.precision)
         with (
             preserved(model),
+            _put_back(model, self._changed) if self._changed else nullcontext(),
             muted(self._trainer, model, _STAGES.get(self.step, "VALIDATING")),
             precision.forward_context() if own_dtype else nullcontext(),
         ):
@@ -80,6 +84,16 @@ def muted(trainer: pl.Trainer, module: nn.Module, stage: str) -> Iterator[None]:
             elif is_a(part, "Metric"):
                 stack.enter_context(_replaced(part, {"sync_on_compute": False, "dist_sync_on_step": False}))
         yield
+
+
+@contextmanager
+def _put_back(module: nn.Module, names: list[str]) -> Iterator[None]:
+    """A `with` after which some parameters and buffers are as before."""
+    before = mask.copies(module, names)
+    try:
+        yield
+    finally:
+        mask.swap(module, before)
 
 
 @contextmanager
@@ -144,48 +158,51 @@ class _Inert:
 
 def choose_step(
     trainer: pl.Trainer, module: pl.LightningModule, layers: Mapping[str, Layer], loaded: Loaded, wanted: str | None
-) -> str:
+) -> StepForward:
     """The step that calibration batches run through: the one asked for, or the first one that can.
 
-    A step can if it takes the batch, calls a layer that is to be pruned, and changes no parameter and no buffer.
+    A step can if it takes the batch and calls a layer that is to be pruned.
 
     Raises:
         ValueError: if there is none, with the reason for each.
     """
-    candidates = [step for step in STEPS if overridden(module, step)] if wanted is None else [wanted]
     reasons: dict[str, str] = {}
-    for step in candidates:
-        reason = _tried(trainer, module, layers, loaded, step) if overridden(module, step) else "there is no such step"
+    for step in (step for step in STEPS if overridden(module, step)) if wanted is None else [wanted]:
+        if not overridden(module, step):
+            reasons[step] = "there is no such step"
+            continue
+        reason, changed = _tried(trainer, module, layers, loaded, step)
         if not reason:
             if reasons:
-                tried = "; ".join(f"{name}: {why}" for name, why in reasons.items())
-                log.info("NetTrim: calibration batches run through %s (%s)", step, tried)
-            return step
+                log.info("NetTrim: calibration batches run through %s (%s)", step, _listed(reasons))
+            return StepForward(trainer, step, changed)
         reasons[step] = reason
-    tried = "; ".join(f"{name}: {why}" for name, why in reasons.items()) or "it has none"
     raise ValueError(
         f"calibration_step: expected a step of {type(module).__name__} that takes a calibration batch, got none"
-        f" ({tried}): define calibration_step(self, batch), which runs what is to be recorded, or name another step"
+        f" ({_listed(reasons) or 'it has none'}): define calibration_step(self, batch), which runs what is to be"
+        " recorded, or name another step"
     )
+
+
+def _listed(reasons: Mapping[str, str]) -> str:
+    return "; ".join(f"{step}: {reason}" for step, reason in reasons.items())
 
 
 def _tried(
     trainer: pl.Trainer, module: pl.LightningModule, layers: Mapping[str, Layer], loaded: Loaded, step: str
-) -> str:
-    """Why a step cannot be used; empty if it can."""
-    before, called = {**dict(module.named_parameters()), **dict(module.named_buffers())}, []
-    copies = {name: tensor.detach().clone() for name, tensor in before.items()}
+) -> tuple[str, list[str]]:
+    """Why a step cannot be used, empty if it can, and what it has changed, which is put back."""
+    own, called = {**dict(module.named_parameters()), **dict(module.named_buffers())}, []
+    before = mask.copies(module, list(own))
     with evaluating(module), ExitStack() as stack:
         for layer in layers.values():
             hook = layer.module.register_forward_hook(lambda *_: called.append(True))
             stack.callback(hook.remove)
         try:
             Replay(loaded, StepForward(trainer, step))(module)
-            failed = "" if called else "it calls no layer that is to be pruned"
+            reason = "" if called else "it calls no layer that is to be pruned"
         except Exception as error:  # whatever a step raises on a batch that is none of its own
-            failed = f"it raised {type(error).__name__}: {error}"
-    changed = [name for name, tensor in before.items() if not torch.equal(tensor, copies[name])]
-    with torch.no_grad():
-        for name in changed:
-            before[name].copy_(copies[name])
-    return failed or (f"it changes {changed[0]}" if changed else "")
+            reason = f"it raised {type(error).__name__}: {error}"
+    changed = [name for name, tensor in own.items() if not torch.equal(tensor, before[name])]
+    mask.swap(module, {name: before[name] for name in changed})
+    return reason, changed
