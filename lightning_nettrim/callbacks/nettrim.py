@@ -497,7 +497,7 @@ class NetTrim(Callback):
         """Write the trained network, if it is not there yet."""
         self.folder = self.folder or folder.claim(trainer)
         if self.folder is not None and not self._dense_saved:
-            trainer.save_checkpoint(self.folder / "dense.ckpt")
+            trainer.save_checkpoint(self.folder / "dense.ckpt", weights_only=False)
             self._dense_saved = True
 
     def _prune_trained(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

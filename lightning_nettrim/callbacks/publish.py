@@ -44,7 +44,7 @@ def publish(
     trainer.print("\n".join(["", result.table(), *([""] if compared else []), compared]).rstrip())
     if folder is None:
         return
-    trainer.save_checkpoint(folder / "pruned.ckpt")
+    trainer.save_checkpoint(folder / "pruned.ckpt", weights_only=False)
     if trainer.is_global_zero:
         verify_file(folder / "pruned.ckpt", result.masks)
         text = json.dumps(_report(result, metrics, arguments), indent=2, allow_nan=False)
