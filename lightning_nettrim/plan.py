@@ -123,7 +123,6 @@ def check_arguments(
     max_memory: float | None,
     offload: str,
     on_failure: str,
-    **_: Any,
 ) -> Budget:
     """What can be said about the arguments of `trim` before a model is seen; returns the common budget.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_nettrim import mask, norms
 from lightning_nettrim.capture import Tape
 from lightning_nettrim.digest import digest
-from lightning_nettrim.layers import Layer
+from lightning_nettrim.layers import Layer, Linear
 from lightning_nettrim.memory import GIB, with_less
 from lightning_nettrim.method import Method
 from lightning_nettrim.outcome import discrepancy_bound, length, row
@@ -232,7 +232,7 @@ class Pruner(Trained):
         """Whether a layer is a matrix and a ReLU at most, for which errors are known to add up."""
         flow = self.todo.flows[name]
         relu = flow.rectifier is None or flow.rectifier.same(Rectifier())
-        return self.todo.layers[name].kind == "Linear" and flow.norm is None and not flow.sums and relu
+        return isinstance(self.todo.layers[name], Linear) and flow.norm is None and not flow.sums and relu
 
     def _zeros(self, layer: Layer, values: Mapping[str, Tensor]) -> int:
         """Exact zeros among the prunable values of a layer, in its own precision."""

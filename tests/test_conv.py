@@ -193,3 +193,20 @@ def test_groups_without_any_signal_share_the_zeros_too():
     trim(net, [x], sparsity=0.5)
     assert int((net[0].weight == 0).sum()) == 27
     assert bool(net[0].weight.isfinite().all())
+
+
+def test_the_fewest_weights_of_a_grouped_convolution_within_an_epsilon():
+    torch.manual_seed(0)
+    net, x = (
+        nn.Sequential(nn.Conv2d(8, 12, 3, groups=4), nn.ReLU(), nn.Flatten(), nn.Linear(192, 5)),
+        torch.randn(200, 8, 6, 6),
+    )
+    with torch.no_grad():
+        dense = net[:2](x)
+        result = trim(net, [x], epsilon=0.2, solver=Cardinality(steps=60), targets=["0"], max_rows=10**6)
+        error = float((net[:2](x) - dense).norm() / dense.norm())
+    (report,) = result.reports
+    assert report.fallback == ""
+    assert 0.1 < report.sparsity < 0.9
+    assert error == pytest.approx(report.relative_error, rel=1e-4)
+    assert error <= 0.2

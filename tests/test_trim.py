@@ -586,3 +586,14 @@ def test_an_interrupted_search_leaves_the_model_as_trained(error, when, caplog):
     assert same(model, before)
     assert hooks(model) == 0
     assert "have their trained weights again" in caplog.text
+
+
+def test_a_subclass_of_linear_keeps_the_certificate_of_the_network():
+    class Own(nn.Linear):
+        """A Linear by another name."""
+
+    plain, own = mlp(), mlp()
+    own[2] = Own(30, 16)
+    own[2].load_state_dict(plain[2].state_dict())
+    bounds = [trim(model, batches(), epsilon=0.2, solver=QUICK).discrepancy_bound for model in (plain, own)]
+    assert bounds[0] == bounds[1] > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 from collections.abc import Iterator
@@ -171,7 +172,8 @@ class NetTrim(Callback):
             "plan": plan,
         }
         try:
-            self._common = check_arguments(**self._trim_arguments)
+            checked = inspect.signature(check_arguments).parameters
+            self._common = check_arguments(**{name: self._trim_arguments[name] for name in checked})
         except ValueError as error:
             raise MisconfigurationException(f"NetTrim: {error}") from error
         for name, value, choices in (

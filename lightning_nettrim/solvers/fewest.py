@@ -20,7 +20,7 @@ def fewest(problem: LayerProblem, solver: Solver, refitted: bool, trials: int = 
     The logarithm of the density is bisected.
 
     Args:
-        problem: one program, without batch dimensions; its sparsity is not read.
+        problem: one program, or those of the groups of one layer; its sparsity is not read.
         solver: a method that takes a sparsity.
         refitted: judge a solution after its refit, and return it so.
         trials: solutions.
@@ -35,7 +35,7 @@ def fewest(problem: LayerProblem, solver: Solver, refitted: bool, trials: int = 
         warm = solution.state
         if refitted:
             solution = replace(solution, W=refit(at, solution.W))
-        if bool(problem.distance(solution.W) <= radius):
+        if bool(torch.linalg.vector_norm(problem.distance(solution.W)) <= radius):
             best, good = solution, density
         else:
             bad = density
