@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_nettrim.digest import digest
 from lightning_nettrim.memory import passes
 from lightning_nettrim.outcome import length
 from lightning_nettrim.ranks import Ranks
@@ -34,6 +35,10 @@ class Responses:
                 self._kept.pop(name, None)
                 self._kept[name], self._device = self._shelf.put([Y]), Y.device
                 self.rows[name], self.sizes[name] = Y.shape[1], length(Y, signals.ranks)
+
+    def fingerprint(self) -> str:
+        """Of all responses, by which networks that compute other things are told apart, whatever their weights."""
+        return digest({name: digest(kept.load()) for name, kept in self._kept.items()})
 
     def distances(self, signals: Signals) -> dict[str, float]:
         """‖answer − trained answer‖ of every layer, by the weights that the model has now.

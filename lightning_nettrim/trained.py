@@ -113,6 +113,8 @@ class Trained:
                 reading = with_less(lambda: self.signals.importance(self.weights()), self.narrower, settings.ranks)
                 self.method = replace(self.method, reading=reading)
             with_less(lambda: self.trained.record(self.signals), self.narrower, settings.ranks)
+        if journal is not None:
+            self.cause = digest(self.cause, settings.ranks.gather(self.trained.fingerprint()))
         for name, few in rows.items():
             asked = min(settings.max_rows, todo.rows[name])
             if self.trained.rows.get(name) == few < asked:

@@ -80,6 +80,27 @@ def test_a_run_goes_on_to_the_same_network_to_the_bit(tmp_path, monkeypatch, at,
     assert len(asked) == 9 - at  # three curves, three rehearsals, three layers
 
 
+OTHERS = {
+    "slope": (lambda: nn.LeakyReLU(0.01), lambda: nn.LeakyReLU(0.5)),
+    "function": (nn.GELU, nn.Tanh),
+    "bound": (lambda: nn.Hardtanh(-1, 1), lambda: nn.Hardtanh(-1, 2)),
+}
+
+
+@pytest.mark.parametrize(("one", "other"), OTHERS.values(), ids=OTHERS.keys())
+def test_layers_of_a_network_that_computes_something_else_are_not_used(tmp_path, one, other):
+    def built(activation):
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(8, 20), activation(), nn.Linear(20, 4))
+
+    pruned(tmp_path, built(one), allocate="uniform")
+    fresh, result = pruned(None, built(other), allocate="uniform")
+    again, beside = pruned(tmp_path, built(other), allocate="uniform")
+    assert same(again, fresh)
+    assert beside.notes == ()
+    assert [row.relative_error for row in beside.reports] == [row.relative_error for row in result.reports]
+
+
 def test_a_close_call_of_memory_is_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr("lightning_nettrim.trained.rows_within", lambda _, rows, room: rows if room > GIB else 100)
     monkeypatch.setattr("lightning_nettrim.memory.Meter.lap", lambda self: 0)
