@@ -257,7 +257,7 @@ def watch(model: nn.Module, layers: Mapping[str, Layer], replays: Iterable[Repla
                 called.clear()
             tracer.forget()
     for name, layer in layers.items():
-        if layer.names(bias=False)[0] in products.found and (name in flows or name not in unusable):
+        if layer.names(bias=False)[0] in products.found:
             unusable[name] = "its weight is used by an operation outside its own forward, which hooks do not see"
     found = {}
     for name, met in flows.items():

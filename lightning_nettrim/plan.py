@@ -264,10 +264,15 @@ def _direct(model: nn.Module, names: Sequence[str], known: Collection[str]) -> d
 
 
 def _weights(model: nn.Module, name: str, direct: Collection[str]) -> int:
-    """Values in the matrices of a module that is left alone, 0 where that cannot be known."""
+    """Values in the matrices of a module that is left alone.
+
+    0 for embeddings, whose rows are looked up, and where it is not known: parts of a module, as projections are.
+    """
     try:
         module = model.get_submodule(name)
-    except AttributeError:  # a part of a module, as the projections of an attention are
+    except AttributeError:
+        return 0
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return 0
     own = {key: p for key, p in module.named_parameters(recurse=False) if joined(name, key) in direct}
     return sum(p.numel() for p in (own | matrices(module)).values() if not is_lazy(p))
@@ -276,11 +281,10 @@ def _weights(model: nn.Module, name: str, direct: Collection[str]) -> int:
 def coverage(todo: Plan) -> str:
     """A warning where less than half of the values in weight matrices belong to layers that can be pruned, else empty.
 
-    Layers that were left out on purpose and embeddings, whose rows are looked up, do not count.
+    Layers that were left out on purpose do not count.
     """
     own = sum(layer.parameter.numel() for layer in todo.layers.values())
     others = [layer for layer in todo.skipped if layer.weights and layer.reason not in LEFT_OUT]
-    others = [layer for layer in others if "looks its rows up" not in layer.reason]
     total = own + sum(layer.weights for layer in others)
     if 2 * own >= total:
         return ""

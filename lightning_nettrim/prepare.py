@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lightning_nettrim.journal import Journal
-from lightning_nettrim.layers import prunable, refuse_unusable
+from lightning_nettrim.layers import prunable
 from lightning_nettrim.memory import FRACTION, GIB, Meter, beside, free
 from lightning_nettrim.plan import Budget, Options, choose, coverage, read
 from lightning_nettrim.prune import Pruner
@@ -29,6 +29,11 @@ ROWS = 8192
 
 CHECKED_INPUTS, CHECKED_ROWS = 64, 256
 """Inputs and rows of a layer in a check."""
+
+
+def rows_limit(num_samples: int, max_rows: int | None) -> int:
+    """Rows of a layer at most: ``max_rows``, else as many as inputs, but at least ROWS."""
+    return max(num_samples, ROWS) if max_rows is None else max_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +100,6 @@ def prepare(
         ValueError: for models and batches that cannot be used.
         RuntimeError: if another process has failed, has ended or has other weights.
     """
-    refuse_unusable(model)
     device = next(model.parameters()).device
     limit, meter = free(device) * FRACTION if max_memory is None else max_memory * GIB, Meter(device)
     on_device = offload == "device" or device.type == "cpu"

@@ -16,7 +16,7 @@ from lightning_nettrim.journal import Journal
 from lightning_nettrim.layers import refuse_unusable
 from lightning_nettrim.memory import GIB
 from lightning_nettrim.plan import Options, as_text, check_arguments
-from lightning_nettrim.prepare import ROWS, Choice, Source, prepare
+from lightning_nettrim.prepare import Choice, Source, prepare, rows_limit
 from lightning_nettrim.rehearse import Rehearsal
 from lightning_nettrim.replay import Forward, call
 from lightning_nettrim.report import LayerReport, Trial, TrimResult
@@ -143,7 +143,7 @@ def trim(
     if dry_run and max_drop is not None:
         raise ValueError("dry_run: expected an epsilon or a sparsity, got max_drop: only its trials make its plan")
     refuse_unusable(model)
-    rows = max(num_samples, ROWS) if max_rows is None else max_rows
+    rows = rows_limit(num_samples, max_rows)
     settings = Settings(scheme, solver, rows, seed, penalize_bias, importance, recalibrate_batchnorm, on_failure)
     source = Source(batches, num_samples, forward, distributed)
     choice = Choice(common, targets, ignore, per_layer).by_plan(model, plan)

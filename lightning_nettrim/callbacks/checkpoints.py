@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel
 from lightning_nettrim.layers import eager_name
 
 
-def put_in(checkpoint: dict[str, Any], model: nn.Module) -> None:
+def replace_weights(checkpoint: dict[str, Any], model: nn.Module) -> None:
     """Let a checkpoint hold the weights that the model has now, in place of whatever others have put there.
 
     Callbacks that average weights write their average, which is that of the dense network. What they or the module
@@ -35,9 +35,9 @@ def share_with_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> N
     WeightAveraging puts its average in place of the weights in every later validation and checkpoint.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for held in vars(callback).values():
-            if isinstance(held, AveragedModel):
-                held.module.load_state_dict(pl_module.state_dict())
+        for average in vars(callback).values():
+            if isinstance(average, AveragedModel):
+                average.module.load_state_dict(pl_module.state_dict())
 
 
 def verify(state: Mapping[str, Any], masks: Mapping[str, Tensor], what: str) -> None:

@@ -36,13 +36,13 @@ def sibling(trainer: pl.Trainer, logger: Logger, name: str) -> Any:
 def apart(trainer: pl.Trainer, loggers: list[Any]) -> Iterator[None]:
     """A `with` in which the trainer has these loggers and no callbacks; its stage and its metrics are put back.
 
-    A progress bar stays, deaf to all hooks: rich draws it from a thread of its own, which asks the trainer for it.
+    A progress bar stays, without its hooks: rich draws it from a thread of its own, which asks the trainer for it.
     """
     kept = trainer.loggers, trainer.callbacks, trainer.state.stage  # type: ignore[attr-defined]
     connector = trainer._logger_connector
     metrics = {name: dict(getattr(connector, name)) for name in _METRICS}
     bar = trainer.progress_bar_callback
-    trainer.loggers, trainer.callbacks = loggers, [] if bar is None else [_deaf(bar)]  # type: ignore[attr-defined]
+    trainer.loggers, trainer.callbacks = loggers, [] if bar is None else [_without_hooks(bar)]  # type: ignore[attr-defined]
     for name in _METRICS:
         getattr(connector, name).clear()
     try:
@@ -54,13 +54,13 @@ def apart(trainer: pl.Trainer, loggers: list[Any]) -> Iterator[None]:
             getattr(connector, name).update(values)
 
 
-def _deaf(bar: Any) -> Any:
+def _without_hooks(bar: Any) -> Any:
     """A progress bar with the same state and no hooks."""
     kind = type(bar)
     hooks = {name: lambda self, *args, **kwargs: None for name in dir(kind) if name.startswith("on_")}
-    deaf: Any = object.__new__(type(kind.__name__, (kind,), hooks))
-    deaf.__dict__ = vars(bar)
-    return deaf
+    silent: Any = object.__new__(type(kind.__name__, (kind,), hooks))
+    silent.__dict__ = vars(bar)
+    return silent
 
 
 _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")

@@ -30,7 +30,7 @@ from lightning_nettrim.callbacks.publish import publish, publish_histograms, sho
 from lightning_nettrim.callbacks.steps import STEPS, Loaded, StepForward, choose_step
 from lightning_nettrim.layers import Layer, prunable, refuse_unusable
 from lightning_nettrim.plan import budgets_of, check_arguments
-from lightning_nettrim.prepare import ROWS, Choice, Source, precheck
+from lightning_nettrim.prepare import Choice, Source, precheck, rows_limit
 from lightning_nettrim.ranks import ALONE, Group
 from lightning_nettrim.report import LayerReport, Trial, TrimResult
 from lightning_nettrim.solvers import Solver
@@ -320,7 +320,7 @@ class NetTrim(Callback):
         if not self.masks or not mask.obeys(pl_module, self.masks):
             return
         if not self._keeping:
-            checkpoints.put_in(checkpoint, pl_module)
+            checkpoints.replace_weights(checkpoint, pl_module)
         checkpoints.verify(checkpoint["state_dict"], self.masks, "the checkpoint")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -444,7 +444,7 @@ class NetTrim(Callback):
     def _precheck(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loaded: Loaded) -> None:
         """Record a batch and solve for one layer, as after training; random numbers are left alone."""
         arguments = self._trim_arguments
-        rows = max(arguments["num_samples"], ROWS) if arguments["max_rows"] is None else arguments["max_rows"]
+        rows = rows_limit(arguments["num_samples"], arguments["max_rows"])
         settings = Settings(
             arguments["scheme"], arguments["solver"], rows, arguments["seed"], arguments["penalize_bias"],
             arguments["importance"], arguments["recalibrate_batchnorm"], arguments["on_failure"],
