@@ -114,11 +114,11 @@ def pruned(make: Callable[[], nn.Module], shape: Sequence[int], arguments: dict[
     if arguments.get("pattern") == "2:4":
         arguments = arguments | {"ignore": _indivisible(model)}
     result = trim(model, batches[share], num_samples=256, **arguments)
-    digest = hashlib.sha256()
+    fingerprint = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return f"{digest.hexdigest()[:20]} {result.sparsity:.4f}"
+        fingerprint.update(name.encode())
+        fingerprint.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return f"{fingerprint.hexdigest()[:20]} {result.sparsity:.4f}"
 
 
 def _indivisible(model: nn.Module) -> list[str] | None:

@@ -25,7 +25,7 @@ def network(data: MNIST, cache: Path, seed: int = 0, epochs: int = EPOCHS) -> ML
 def layers(root: str | None, samples: int, cache: Path) -> list[LayerProblem]:
     """The three programs, without a radius, in float32.
 
-    The bias is the last row of ``W``, on a column of ones, and is penalised like the rest: no peer can leave it free,
+    The bias is the last row of ``W``, on a column of ones, and is penalized like the rest: no peer can leave it free,
     so that all solve one program.
 
     Args:

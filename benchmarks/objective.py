@@ -18,7 +18,7 @@ class Score:
         objective: Σ λ|W|, in the units of ``W``.
         gap: (objective − optimum) / |optimum|; NaN where no optimum was given.
         violation: of the constraints, relative to ε.
-        sparsity: fraction of zeros in the penalised rows.
+        sparsity: fraction of zeros in the penalized rows.
         relative_error: ‖response(W) − Y‖_F / ‖Y‖_F.
         seconds: that the solver took.
     """
@@ -71,6 +71,6 @@ def score(problem: LayerProblem, W: Tensor, seconds: float, optimum: float = flo
         gap=float(objective - optimum) / abs(optimum) if optimum else float("inf"),
         violation=float(exact.violation(W)),
         sparsity=float((W[exact.weights.squeeze(-1) > 0] == 0).double().mean()),
-        relative_error=float(exact.relative_error(W)),
+        relative_error=float(exact.local_error(W)),
         seconds=seconds,
     )

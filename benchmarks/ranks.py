@@ -15,7 +15,7 @@ from torch import distributed
 from benchmarks.clock import Clock
 from benchmarks.steps import median_seconds, random_problem
 from lightning_nettrim import ADMM, Cardinality, LayerProblem
-from lightning_nettrim.ranks import Group
+from lightning_nettrim.runtime.distributed import TorchProcessGroup
 
 STEPS = 60
 """By which the longer of two solves is longer."""
@@ -96,13 +96,13 @@ def _together(settings: Settings, count: int) -> list[tuple[str, str, int, float
 def _process(rank: int, count: int, folder: str, settings: Settings, answers: Any) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=count)
-    ranks = Group.of(torch.nn.Linear(1, 1))
+    processes = TorchProcessGroup.of(torch.nn.Linear(1, 1))
     weights = torch.zeros(1, settings.inputs, settings.outputs)
-    exchange, found = median_seconds(lambda: ranks.sum(weights)), []
+    exchange, found = median_seconds(lambda: processes.sum(weights)), []
     for share, total in (("in all", settings.samples), ("each", count * settings.samples)):
         whole = random_problem(total, settings.inputs, settings.outputs)
         own = {key: getattr(whole, key)[:, rank::count].contiguous() for key in ("X", "Y", "Omega")}
-        problem = replace(whole, **own, ranks=ranks)
+        problem = replace(whole, **own, processes=processes)
         found.append(("ADMM", share, total, _admm(problem), exchange))
         counted = replace(problem, epsilon=None, sparsity=0.9)
         found.append(("Cardinality", share, total, _cardinality(counted), exchange))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import convex, llama, memory, networks, oneshot, ranks
+from benchmarks import convex, llama, memory, networks, oneshot, processes
 from benchmarks.peers import Unavailable
 from benchmarks.picture import draw, draw_accuracy
 from benchmarks.report import Row, header, line, titles, write
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _pruning(memory, memory.Settings(**{**settings, **several}), benchmark)
         return
     if benchmark == "ranks":
-        _pruning(ranks, ranks.Settings(**{**settings, "processes": tuple(settings["processes"])}), benchmark)
+        _pruning(processes, processes.Settings(**{**settings, "processes": tuple(settings["processes"])}), benchmark)
         return
     sections = settings.pop("sections")
     _convex(sections, convex.Settings(**{**settings, "layers": tuple(settings["layers"])}))
@@ -129,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("images", "size", "batch", "samples"):
         command.add_argument(f"--{name}", type=int, default=getattr(large, name), help="default %(default)s")
     command = commands.add_parser("ranks", help="a step against the number of processes that share the rows")
-    spread = ranks.Settings()
+    spread = processes.Settings()
     command.add_argument("--out", type=Path, default=spread.out, help="folder of the results (default %(default)s)")
     command.add_argument("--processes", type=int, nargs="+", default=[*spread.processes])
     for name in ("samples", "inputs", "outputs"):

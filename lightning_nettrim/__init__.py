@@ -1,9 +1,19 @@
 """Prune a trained network without retraining it: Net-Trim for PyTorch Lightning."""
 
 from lightning_nettrim.callbacks import NetTrim
-from lightning_nettrim.pattern import Pattern
-from lightning_nettrim.problem import LayerProblem
-from lightning_nettrim.report import LayerReport, TrimResult
+from lightning_nettrim.core.pattern import Blocks, Neuron, NOfM, Pattern, PerNeuron, Unstructured, parse_pattern
+from lightning_nettrim.core.problem import LayerProblem
+from lightning_nettrim.layers import Layer, LayerCall, register_layer
+from lightning_nettrim.pruning.allocation.base import Allocation
+from lightning_nettrim.pruning.allocation.epsilon import EpsilonAllocation
+from lightning_nettrim.pruning.allocation.magnitude import MagnitudeAllocation
+from lightning_nettrim.pruning.allocation.network_error import GlobalAllocation
+from lightning_nettrim.pruning.allocation.uniform import UniformAllocation
+from lightning_nettrim.pruning.api import prune_model, trim
+from lightning_nettrim.pruning.budget import Budget
+from lightning_nettrim.pruning.config import PruningConfig
+from lightning_nettrim.pruning.results import LayerReport, PruningResult, SkippedLayer, Trial
+from lightning_nettrim.pruning.session import CalibrationSession, CalibrationSource
 from lightning_nettrim.solvers import (
     ADMM,
     Cardinality,
@@ -13,30 +23,50 @@ from lightning_nettrim.solvers import (
     SparseGPT,
     Status,
     Wanda,
-    path,
     refit,
     solve,
+    solve_path,
 )
-from lightning_nettrim.trim import trim
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ADMM",
+    "Allocation",
+    "Blocks",
+    "Budget",
+    "CalibrationSession",
+    "CalibrationSource",
     "Cardinality",
+    "EpsilonAllocation",
+    "GlobalAllocation",
+    "Layer",
+    "LayerCall",
     "LayerProblem",
     "LayerReport",
     "Magnitude",
+    "MagnitudeAllocation",
+    "NOfM",
     "NetTrim",
+    "Neuron",
     "Pattern",
+    "PerNeuron",
+    "PruningConfig",
+    "PruningResult",
+    "SkippedLayer",
     "Solution",
     "Solver",
     "SparseGPT",
     "Status",
-    "TrimResult",
+    "Trial",
+    "UniformAllocation",
+    "Unstructured",
     "Wanda",
-    "path",
+    "parse_pattern",
+    "prune_model",
     "refit",
+    "register_layer",
     "solve",
+    "solve_path",
     "trim",
 ]

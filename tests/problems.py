@@ -6,7 +6,7 @@ import cvxpy as cp
 import torch
 
 from lightning_nettrim import LayerProblem
-from lightning_nettrim.rectifier import Rectifier
+from lightning_nettrim.core.activation import Rectifier
 
 
 def layer(P=200, N=40, M=12, *, gain=0.1, relu=True, bias=False, scale=1.0, dtype=torch.float64, seed=0, **options):
@@ -46,7 +46,7 @@ def layer(P=200, N=40, M=12, *, gain=0.1, relu=True, bias=False, scale=1.0, dtyp
             X[:, -1] = 1
         U = X @ W + B
         V = torch.where(rectifier.high <= Y, U.clamp(max=rectifier.high), U.clamp(min=rectifier.low))
-    Omega = rectifier.inside(Y) if relu else None
+    Omega = rectifier.active(Y) if relu else None
     miss = X @ W + B - Y if Omega is None else torch.where(Omega, X @ W + B - Y, 0)
     if options.get("per_neuron"):
         epsilon = torch.maximum(gain * Y.norm(dim=0).clamp(min=1e-3), 1.1**0.5 * miss.norm(dim=0))
@@ -103,11 +103,11 @@ def optimum(problem: LayerProblem) -> float:
         side = torch.where(bounds.high <= Y, -1.0, 1.0).double().numpy()
         constraints.append(cp.multiply((1 - Omega) * side, X @ W + (B - V).numpy()) <= 0)
         R = cp.multiply(Omega, R)
-    if problem.balls == (-2,):
+    if problem.ball_dims == (-2,):
         constraints.append(cp.norm(R, 2, axis=0) <= problem.epsilon.double().numpy())
     else:
         constraints.append(cp.norm(cp.vec(R, order="F")) <= float(problem.epsilon))
-    objective = cp.sum(cp.multiply(problem.weights.double().numpy(), cp.abs(W)))
+    objective = cp.sum(cp.multiply(problem.lambdas.double().numpy(), cp.abs(W)))
     return cp.Problem(cp.Minimize(objective), constraints).solve(solver=cp.CLARABEL)
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import distributed, nn
 
 from lightning_nettrim import ADMM, Cardinality, LayerProblem, Solution, SparseGPT, Wanda, path, refit, trim
-from lightning_nettrim.ranks import Group
+from lightning_nettrim.runtime.distributed import TorchProcessGroup
 
 SAMPLES = 1024
 
@@ -142,9 +142,9 @@ def main(folder: Path, rank: int, count: int, part: str) -> None:
     for case in CASES:
         model, totals = trimmed(case, rank, count)
         found[case] = model.state_dict(), totals
-    ranks = Group.of(model)
+    processes = TorchProcessGroup.of(model)
     problem = linear_problem(rank, count)
-    problem = LayerProblem(**{**vars(problem), "ranks": ranks})
+    problem = LayerProblem(**{**vars(problem), "ranks": processes})
     found["path"] = [solution.W for solution in path(problem, [4.0, 2.0])]
     found["refit"] = refit(problem, problem.W * (problem.W.abs() > 0.5))
     found["cardinality"] = Cardinality().solve(problem).W

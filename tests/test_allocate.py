@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 
-from lightning_nettrim.allocate import Curve, by_magnitude, common_error, marginal_error, uniform
+from lightning_nettrim.pruning.allocation import Curve, by_magnitude, common_error, marginal_error, uniform
 
 SIZES = {"a": 1000, "b": 300, "c": 77}
 FREE = {name: (0, size) for name, size in SIZES.items()}

@@ -64,7 +64,7 @@ def test_the_score_is_the_problems_own(dtype):
     assert judged.objective == pytest.approx(float(exact.objective(W)))
     assert judged.gap == pytest.approx(judged.objective / 10 - 1)
     assert judged.violation == pytest.approx(float(exact.violation(W)))
-    assert judged.relative_error == pytest.approx(float(exact.relative_error(W)))
+    assert judged.relative_error == pytest.approx(float(exact.local_error(W)))
     assert judged.sparsity == float((W[:-1] == 0).double().mean())
     assert judged.seconds == 2
     assert judged.error == max(abs(judged.gap), judged.violation)

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightning_nettrim.capture import record, watch
-from lightning_nettrim.flow import Flow
-from lightning_nettrim.layers import prunable
-from lightning_nettrim.replay import Replay, evaluating
+from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
+from lightning_nettrim.calibration.recording import record
+from lightning_nettrim.calibration.tracing import trace_forward
+from lightning_nettrim.layers import find_layers
+from lightning_nettrim.layers.context import LayerContext
 
 
 class Net(nn.Module):
@@ -88,26 +89,26 @@ OTHERS = {
 }
 
 
-def flows(net, x):
-    with evaluating(net):
-        return watch(net, prunable(net)[0], [Replay(x)]).flows
+def contexts(net, x):
+    with evaluation_mode(net):
+        return trace_forward(net, find_layers(net)[0], [CalibrationBatch(x)]).contexts
 
 
 @pytest.mark.parametrize("between", RELU.values(), ids=RELU.keys())
 def test_a_relu_is_seen(between):
-    found = flows(Net(between), torch.randn(4, 6))
+    found = contexts(Net(between), torch.randn(4, 6))
     assert str(found["a"]) == "ReLU"
     assert str(found["b"]) == "linear"
 
 
 @pytest.mark.parametrize("between", LINEAR.values(), ids=LINEAR.keys())
 def test_anything_else_is_linear(between):
-    assert str(flows(Net(between), torch.randn(4, 6))["a"]) == "linear"
+    assert str(contexts(Net(between), torch.randn(4, 6))["a"]) == "linear"
 
 
 @pytest.mark.parametrize(("between", "follows"), OTHERS.values(), ids=OTHERS.keys())
 def test_what_follows_is_seen(between, follows):
-    assert str(flows(Net(between), torch.randn(4, 6))["a"]) == follows
+    assert str(contexts(Net(between), torch.randn(4, 6))["a"]) == follows
 
 
 def test_a_response_that_is_also_returned_is_linear():
@@ -121,9 +122,9 @@ def test_a_response_that_is_also_returned_is_linear():
             return y, {"relu": y.relu()}
 
     net = Both()
-    with evaluating(net):
-        found = watch(net, prunable(net)[0], [Replay(torch.randn(4, 6))])
-    assert str(found.flows["a"]) == "linear"
+    with evaluation_mode(net):
+        found = trace_forward(net, find_layers(net)[0], [CalibrationBatch(torch.randn(4, 6))])
+    assert str(found.contexts["a"]) == "linear"
 
 
 def test_calls_and_order_are_those_of_the_execution():
@@ -136,7 +137,7 @@ def test_calls_and_order_are_those_of_the_execution():
             return self.last(self.first(self.first(x).relu()).relu())
 
     net = Backwards()
-    found = watch(net, prunable(net)[0], [Replay(torch.ones(2, 4))]).flows
+    found = trace_forward(net, find_layers(net)[0], [CalibrationBatch(torch.ones(2, 4))]).contexts
     assert list(found) == ["first", "last"]
     assert [flow.calls for flow in found.values()] == [2, 1]
     assert str(found["first"]) == "ReLU"
@@ -145,26 +146,26 @@ def test_calls_and_order_are_those_of_the_execution():
 @pytest.mark.parametrize("between", [RELU["module in place"], RELU["view in place"], RELU["Tensor.relu"]])
 def test_a_tape_holds_what_went_in_and_what_came_out_before_the_relu(between):
     net, x = Net(between), torch.randn(30, 6)
-    with evaluating(net):
-        tapes = record(net, prunable(net)[0], [Replay(p) for p in x.split(7)], num_samples=100, seed=0)
+    with evaluation_mode(net):
+        recordings = record(net, find_layers(net)[0], [CalibrationBatch(p) for p in x.split(7)], num_samples=100, seed=0)
     with torch.no_grad():
         Z = torch.cat([net.a(p) for p in x.split(7)])
-    assert torch.equal(tapes["a"].X, x)
-    assert torch.equal(tapes["a"].Z, Z)
-    assert torch.equal(tapes["b"].X, Z.relu())
+    assert torch.equal(recordings["a"].X, x)
+    assert torch.equal(recordings["a"].Z, Z)
+    assert torch.equal(recordings["b"].X, Z.relu())
 
 
 def test_leading_dimensions_are_rows_and_rows_are_bounded_and_aligned():
     net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(50, 7, 3)
-    layers = prunable(net)[0]
-    held = [Replay(p) for p in x.split(8)]
-    with evaluating(net):
-        tapes = record(net, layers, held, num_samples=64, seed=0)
+    layers = find_layers(net)[0]
+    held = [CalibrationBatch(p) for p in x.split(8)]
+    with evaluation_mode(net):
+        recordings = record(net, layers, held, num_samples=64, seed=0)
         again = record(net, {"2": layers["2"]}, held, outputs=(), num_samples=64, seed=0)
-    assert tapes["0"].seen == 350
-    assert tuple(tapes["0"].X.shape) == (64, 3)
-    assert torch.equal(tapes["0"].Z.relu(), tapes["2"].X)
-    assert torch.equal(again["2"].X, tapes["2"].X)
+    assert recordings["0"].seen == 350
+    assert tuple(recordings["0"].X.shape) == (64, 3)
+    assert torch.equal(recordings["0"].Z.relu(), recordings["2"].X)
+    assert torch.equal(again["2"].X, recordings["2"].X)
     assert again["2"].Z is None
 
 
@@ -179,19 +180,21 @@ def test_the_rest_of_a_forward_pass_is_skipped():
             raise RuntimeError("reached")
 
     net = Guarded()
-    with evaluating(net):
-        layers, flows = {"a": prunable(net)[0]["a"]}, {"a": Flow(1)}
-        tapes = record(net, layers, [Replay(torch.ones(2, 3))], flows=flows, num_samples=9, seed=0, stop=True)
-    assert len(tapes["a"].X) == 2
+    with evaluation_mode(net):
+        layers, contexts = {"a": find_layers(net)[0]["a"]}, {"a": LayerContext(1)}
+        recordings = record(
+            net, layers, [CalibrationBatch(torch.ones(2, 3))], contexts=contexts, num_samples=9, seed=0, stop=True
+        )
+    assert len(recordings["a"].X) == 2
 
 
 def test_afterwards_the_model_is_as_it_was():
     net = Net(RELU["module"])
     net.norm.eval()
     modes = [module.training for module in net.modules()]
-    with pytest.raises(RuntimeError), evaluating(net):  # noqa: PT012
+    with pytest.raises(RuntimeError), evaluation_mode(net):  # noqa: PT012
         assert not any(module.training for module in net.modules())
-        record(net, prunable(net)[0], [Replay(torch.ones(2, 99))], num_samples=9, seed=0)
+        record(net, find_layers(net)[0], [CalibrationBatch(torch.ones(2, 99))], num_samples=9, seed=0)
     assert [module.training for module in net.modules()] == modes
     assert all(not module._forward_hooks for module in net.modules())
 
@@ -199,5 +202,5 @@ def test_afterwards_the_model_is_as_it_was():
 def test_a_batch_that_the_model_refuses_is_named():
     net = Net(RELU["module"])
     with pytest.raises(ValueError, match=r"Net.forward takes, got inputs of shapes \[\(2, 99\)\]"):
-        watch(net, prunable(net)[0], [Replay(torch.ones(2, 99))])
+        trace_forward(net, find_layers(net)[0], [CalibrationBatch(torch.ones(2, 99))])
     assert all(not module._forward_hooks for module in net.modules())

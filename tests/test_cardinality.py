@@ -11,17 +11,7 @@ import torch
 from problems import VARIANTS, distance, layer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_nettrim import (
-    Cardinality,
-    LayerProblem,
-    Magnitude,
-    Pattern,
-    SparseGPT,
-    Status,
-    Wanda,
-    refit,
-    solve,
-)
+from lightning_nettrim import Cardinality, LayerProblem, Magnitude, Pattern, SparseGPT, Status, Wanda, refit, solve
 from lightning_nettrim.solvers import cardinality
 from lightning_nettrim.solvers.cardinality import spectrum_of
 
@@ -38,14 +28,14 @@ PATTERNS = ["unstructured", "per_neuron", "2:4", "1:4", "4:8", "neuron", "4x4"]
 def test_counts_are_exact_in_every_pattern(solver, pattern, dtype, options):
     problem = layer(dtype=dtype, **options)
     problem = replace(problem, W=problem.W + 0.01 * torch.randn(problem.W.shape, dtype=dtype), epsilon=None)
-    problem = replace(problem, sparsity=Pattern(pattern).sparsity or 0.75, pattern=Pattern(pattern))
+    problem = replace(problem, sparsity=parse_pattern(pattern).sparsity or 0.75, pattern=parse_pattern(pattern))
     solution = solve(problem, solver)
     W = solution.W[:40]
     assert solution.W.dtype == dtype
     assert solution.W.isfinite().all()
     assert int(W.count_nonzero()) == problem.nonzeros
     blocks = (problem.pattern.groups(W) != 0).any(-1)
-    assert bool((blocks.sum(-1) == problem.kept).all())
+    assert bool((blocks.sum(-1) == problem.kept_blocks).all())
     fitted = refit(problem, solution.W)
     assert torch.equal(fitted[:40] != 0, W != 0) or pattern == "4x4" or options.get("dead")
     assert bool((fitted[:40][W == 0] == 0).all())
@@ -74,16 +64,16 @@ def test_zero_sparsity_returns_the_trained_layer(solver):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_batch_is_its_members_one_by_one(solver, pattern, dtype):
     members = [layer(N=48, M=16, dtype=dtype, seed=seed) for seed in range(3)]
-    shared = {"sparsity": 0.5, "pattern": Pattern(pattern)}
+    shared = {"sparsity": 0.5, "pattern": parse_pattern(pattern)}
     stacked = {name: torch.stack([getattr(m, name) for m in members]) for name in ("X", "Y", "W", "Omega")}
-    together = solve(LayerProblem(**stacked, **shared), solver)
+    raise_together = solve(LayerProblem(**stacked, **shared), solver)
     for i, member in enumerate(members):
         problem = LayerProblem(*(getattr(member, n) for n in ("X", "Y", "W")), Omega=member.Omega, **shared)
         alone = solve(problem, solver)
-        assert torch.equal(together.W[i] != 0, alone.W != 0)
-        answers = (refit(problem, W) for W in (together.W[i], alone.W))  # a product's rounding sees the batch
+        assert torch.equal(raise_together.W[i] != 0, alone.W != 0)
+        answers = (refit(problem, W) for W in (raise_together.W[i], alone.W))  # a product's rounding sees the batch
         torch.testing.assert_close(*answers, rtol=0, atol=1e-6)
-        assert together.status[i] == alone.status
+        assert raise_together.status[i] == alone.status
 
 
 def test_a_warm_start_gives_the_same_answer_as_a_cold_one():
@@ -114,7 +104,7 @@ def test_a_step_does_not_wait_for_the_device(options):
     problem, counts = replace(layer(**options), sparsity=0.8), []
     for steps in (30, 90):
         with torch.no_grad(), Waits() as waits:
-            Cardinality(steps=steps)._run(problem.flat(), spectrum_of(problem.flat()))
+            Cardinality(steps=steps)._run(problem.flattened(), spectrum_of(problem.flattened()))
         counts.append(waits.count)
     assert counts[0] == counts[1] > 0
 
@@ -134,7 +124,7 @@ def test_close_to_the_best_of_all_supports(relu):
     ratios = []
     for seed in range(20):
         problem = replace(layer(P=60, N=8, M=2, relu=relu, positive=True, seed=seed), sparsity=0.5)
-        problem = replace(problem, pattern=Pattern("per_neuron"))
+        problem = replace(problem, pattern=parse_pattern("per_neuron"))
         best = torch.zeros(2, dtype=torch.float64)
         for m in range(2):
             costs = []
@@ -218,7 +208,7 @@ def test_nan_is_a_status_and_the_trained_weights():
 
 
 def test_wanda_ranks_by_weight_times_energy():
-    problem = replace(layer(bias=True), sparsity=0.6, pattern=Pattern("per_neuron"))
+    problem = replace(layer(bias=True), sparsity=0.6, pattern=parse_pattern("per_neuron"))
     W = solve(problem, Wanda()).W[:-1]
     score = problem.W[:-1].abs() * problem.X[:, :-1].norm(dim=0)[:, None]
     for kept, size in zip(W.mT != 0, score.mT, strict=True):

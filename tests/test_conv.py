@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from lightning_nettrim import Cardinality, LayerProblem, Pattern, refit, solve, trim
-from lightning_nettrim.capture import record
-from lightning_nettrim.layers import prunable
-from lightning_nettrim.replay import Replay, evaluating
+from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
+from lightning_nettrim.calibration.recording import record
+from lightning_nettrim.layers import find_layers
 
 GEOMETRIES = {
     "1d": (nn.Conv1d, (4, 6, 3), {}),
@@ -76,15 +76,15 @@ def by_hand(layer, x):
 def test_rows_times_the_matrix_are_the_convolution(name):
     net = nn.Sequential(module(name))
     x = images(net[0])
-    layer = prunable(net)[0]["0"]
-    with evaluating(net):
-        tape = record(net, {"0": layer}, [Replay(p) for p in x.split(2)], num_samples=10**6, seed=0)["0"]
-    X, W = layer.rows(tape.X, layer.bias is not None), layer.matrix()
+    layer = find_layers(net)[0]["0"]
+    with evaluation_mode(net):
+        recording = record(net, {"0": layer}, [CalibrationBatch(p) for p in x.split(2)], num_samples=10**6, seed=0)["0"]
+    X, W = layer.to_rows(recording.X, layer.bias is not None), layer.matrix()
     with torch.no_grad():
         Z = net(x).movedim(1, -1).flatten(0, -2)
-    torch.testing.assert_close(layer.columns(Z), X @ W, rtol=0, atol=1e-12)
-    assert torch.equal(layer.columns(Z), layer.columns(tape.Z))
-    for key, value in layer.parameters(W).items():
+    torch.testing.assert_close(layer.to_columns(Z), X @ W, rtol=0, atol=1e-12)
+    assert torch.equal(layer.to_columns(Z), layer.to_columns(recording.Z))
+    for key, value in layer.to_parameters(W).items():
         assert torch.equal(value, net.get_parameter(key))
 
 
@@ -121,13 +121,13 @@ def test_patches_are_sampled_evenly_over_images_and_places():
     net = nn.Sequential(nn.Conv2d(1, 2, 1, bias=False))
     places = torch.arange(40 * 25.0).reshape(40, 1, 5, 5)
     counts = torch.zeros(1000)
-    layers = prunable(net)[0]
-    with evaluating(net):
+    layers = find_layers(net)[0]
+    with evaluation_mode(net):
         for seed in range(200):
-            tape = record(net, layers, [Replay(p) for p in places.split(7)], num_samples=100, seed=seed)["0"]
-            assert tuple(tape.X.shape) == (100, 1)
-            assert tape.seen == 1000
-            counts[tape.X.flatten().long()] += 1
+            recording = record(net, layers, [CalibrationBatch(p) for p in places.split(7)], num_samples=100, seed=seed)["0"]
+            assert tuple(recording.X.shape) == (100, 1)
+            assert recording.seen == 1000
+            counts[recording.X.flatten().long()] += 1
     for groups in (counts.reshape(40, 25).sum(1), counts.reshape(40, 25).sum(0)):
         chi_squared = float(((groups - groups.mean()) ** 2 / groups.mean()).sum())
         assert chi_squared < 1.9 * len(groups)
@@ -135,12 +135,12 @@ def test_patches_are_sampled_evenly_over_images_and_places():
 
 def test_an_image_without_a_batch_dimension():
     net = nn.Sequential(nn.Conv2d(3, 4, 3))
-    layer = prunable(net)[0]["0"]
+    layer = find_layers(net)[0]["0"]
     x = torch.randn(3, 8, 8)
-    with evaluating(net):
-        tape = record(net, {"0": layer}, [Replay(x)], num_samples=10**6, seed=0)["0"]
+    with evaluation_mode(net):
+        recording = record(net, {"0": layer}, [CalibrationBatch(x)], num_samples=10**6, seed=0)["0"]
         expected = net(x).flatten(1).T
-    torch.testing.assert_close(layer.rows(tape.X, True)[0] @ layer.matrix()[0], expected)
+    torch.testing.assert_close(layer.to_rows(recording.X, True)[0] @ layer.matrix()[0], expected)
 
 
 @pytest.mark.parametrize("pattern", ["unstructured", "per_neuron", "1:3", "neuron", "2x3"])
@@ -179,11 +179,11 @@ def test_groups_choose_together():
     mask = torch.block_diag(*torch.ones_like(W)).bool()
     wide = torch.cat([X[0], X[1]], 1)
     flat = LayerProblem(wide, (wide @ whole).relu(), whole, sparsity=1 - 24 / whole.numel())
-    flat = replace(flat, Omega=flat.Y > 0, pattern=Pattern())
-    together = refit(flat, solve(flat, Cardinality()).W)
+    flat = replace(flat, Omega=flat.Y > 0, pattern=Unstructured())
+    raise_together = refit(flat, solve(flat, Cardinality()).W)
     apart = refit(problem, solution)
-    assert not bool((together[~mask] != 0).any())
-    assert torch.equal(together != 0, torch.block_diag(*apart) != 0)
+    assert not bool((raise_together[~mask] != 0).any())
+    assert torch.equal(raise_together != 0, torch.block_diag(*apart) != 0)
 
 
 def test_groups_without_any_signal_share_the_zeros_too():

@@ -11,18 +11,19 @@ import torch
 from test_nettrim import Data, Net, half, make_trainer, same, samples, state, train_data, val_data
 from torch.utils.data import DataLoader
 
-from lightning_nettrim import Cardinality, Magnitude, NetTrim, mask, norms
-from lightning_nettrim.callbacks import folder as folders
-from lightning_nettrim.callbacks import nettrim, publish
-from lightning_nettrim.callbacks.calibration import calibration_batches
+from lightning_nettrim import Cardinality, Magnitude, NetTrim
+from lightning_nettrim.calibration import batchnorm
+from lightning_nettrim.calibration.activations import Activations
+from lightning_nettrim.calibration.reference import ReferenceOutputs
+from lightning_nettrim.callbacks import nettrim, publishing, run_folder
+from lightning_nettrim.callbacks.calibration_data import calibration_batches
 from lightning_nettrim.callbacks.steps import Loaded
-from lightning_nettrim.fold import Fold
-from lightning_nettrim.journal import Journal
-from lightning_nettrim.prune import Pruner
-from lightning_nettrim.rehearse import Rehearsal
-from lightning_nettrim.responses import Responses
-from lightning_nettrim.shelf import Shelf
-from lightning_nettrim.signals import Signals
+from lightning_nettrim.layers import masking
+from lightning_nettrim.layers.folding import FoldedLayer
+from lightning_nettrim.pruning.pruner import Pruner
+from lightning_nettrim.pruning.rehearsal import Rehearsal
+from lightning_nettrim.runtime.offload import TensorStore
+from lightning_nettrim.runtime.resume import ResumeStore
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
@@ -82,7 +83,7 @@ def raising(error):
 
 def halfway(monkeypatch, _):
     """Ctrl-C while a layer's parameters are swapped in: its weight is new, its bias is not."""
-    swap, calls = mask.swap, []
+    swap, calls = masking.assign, []
 
     def partly(model, values):
         calls.append(1)
@@ -92,12 +93,12 @@ def halfway(monkeypatch, _):
             raise KeyboardInterrupt
         swap(model, values)
 
-    monkeypatch.setattr(mask, "swap", partly)
+    monkeypatch.setattr(masking, "assign", partly)
 
 
 def in_the_way(monkeypatch, folder):
     """A file where the folder of the results is to be."""
-    monkeypatch.setattr(folders, "root", lambda trainer: folder / "file" / "nettrim")
+    monkeypatch.setattr(run_folder, "root", lambda trainer: folder / "file" / "nettrim")
     (folder / "file").write_text("in the way")
 
 
@@ -107,23 +108,23 @@ FAILURES = {
     "a batch of NaN": loader(lambda loaded: Loaded([torch.full_like(loaded.batch[0], torch.nan), loaded.batch[1]])),
     "a loader that raises": loader(raising(RuntimeError("broken loader"))),
     "Ctrl-C in the loader": loader(raising(KeyboardInterrupt())),
-    "out of memory holding inputs": breaking(Shelf, "put", OUT, 3),
-    "out of memory recording responses": breaking(Responses, "record", OUT),
-    "out of memory recording a layer": breaking(Signals, "tapes", OUT, 4),
+    "out of memory holding inputs": breaking(TensorStore, "put", OUT, 3),
+    "out of memory recording responses": breaking(ReferenceOutputs, "record", OUT),
+    "out of memory recording a layer": breaking(Activations, "record", OUT, 4),
     "out of memory measuring curves": breaking(Rehearsal, "_curve", OUT),
     "out of memory posing": breaking(Pruner, "pose", OUT, 12),
     "out of memory solving": breaking(Cardinality, "solve", OUT, 2),
-    "out of memory unfolding": breaking(Fold, "parameters", OUT, 3),
-    "out of memory measuring": breaking(Responses, "distances", OUT),
-    "a full disk for layers": breaking(Journal, "write", FULL, 10**9),
-    "a full disk for the report": breaking(publish, "write_whole", FULL),
+    "out of memory unfolding": breaking(FoldedLayer, "to_parameters", OUT, 3),
+    "out of memory measuring": breaking(ReferenceOutputs, "distances", OUT),
+    "a full disk for layers": breaking(ResumeStore, "write", FULL, 10**9),
+    "a full disk for the report": breaking(publishing, "write_atomically", FULL),
     "a folder that cannot be written": in_the_way,
-    "Ctrl-C recording": breaking(Signals, "tapes", KeyboardInterrupt(), 5),
+    "Ctrl-C recording": breaking(Activations, "record", KeyboardInterrupt(), 5),
     "Ctrl-C solving": breaking(Cardinality, "solve", KeyboardInterrupt(), 30),
     "Ctrl-C swapping": halfway,
-    "Ctrl-C re-estimating": breaking(norms, "moved", KeyboardInterrupt()),
-    "Ctrl-C measuring": breaking(Responses, "distances", KeyboardInterrupt()),
-    "Ctrl-C writing a layer": breaking(Journal, "write", KeyboardInterrupt(), 2),
+    "Ctrl-C re-estimating": breaking(batchnorm, "reestimate_preserving_output", KeyboardInterrupt()),
+    "Ctrl-C measuring": breaking(ReferenceOutputs, "distances", KeyboardInterrupt()),
+    "Ctrl-C writing a layer": breaking(ResumeStore, "write", KeyboardInterrupt(), 2),
     "Ctrl-C publishing": breaking(nettrim, "publish", KeyboardInterrupt()),
     "Ctrl-C in the pruned validation": breaking(nettrim, "validation", KeyboardInterrupt(), 2),
     "Ctrl-C in the dense validation": breaking(nettrim, "validation", KeyboardInterrupt()),
@@ -147,7 +148,7 @@ def test_a_network_is_never_half_pruned(failure, tmp_path, monkeypatch, caplog, 
     for layer in LAYERS:
         dense = all(torch.equal(now[key], trained[key]) for key in (f"{layer}.weight", f"{layer}.bias"))
         masks = {} if callback.result is None else callback.result.masks
-        whole = f"{layer}.weight" in masks and mask.obeys(model, {f"{layer}.weight": masks[f"{layer}.weight"]})
+        whole = f"{layer}.weight" in masks and masking.satisfied(model, {f"{layer}.weight": masks[f"{layer}.weight"]})
         assert dense or whole
     assert same(now, trained) == (callback.result is None)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -11,15 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_nettrim import ADMM, Cardinality, Magnitude, trim
-from lightning_nettrim.flow import Flow
-from lightning_nettrim.fold import Fold
-from lightning_nettrim.layers import prunable
-from lightning_nettrim.plan import Budget, choose
-from lightning_nettrim.prune import Pruner
-from lightning_nettrim.rectifier import Rectifier
-from lightning_nettrim.rehearse import Rehearsal
-from lightning_nettrim.sample import hold
-from lightning_nettrim.trained import Settings
+from lightning_nettrim.calibration.sampling import sample_inputs
+from lightning_nettrim.core.activation import Rectifier
+from lightning_nettrim.layers import find_layers
+from lightning_nettrim.layers.context import LayerContext
+from lightning_nettrim.layers.folding import FoldedLayer
+from lightning_nettrim.pruning.plan import Budget, choose
+from lightning_nettrim.pruning.pruner import Pruner
+from lightning_nettrim.pruning.rehearsal import Rehearsal
+from lightning_nettrim.pruning.session import Settings
 
 
 class Block(nn.Module):
@@ -45,15 +45,15 @@ class Block(nn.Module):
 
 
 def pruner(model, x, penalize_bias=False, **budget):
-    held = hold(model, [x], 10**5, 0)
-    todo = choose(model, held, Budget(**({"sparsity": 0.6} | budget)))
-    return Pruner(model, todo, held, Settings("cascade", None, 10**5, 0, penalize_bias, "equal", True))
+    held = sample_inputs(model, [x], 10**5, 0)
+    plan = choose(model, held, Budget(**({"sparsity": 0.6} | budget)))
+    return Pruner(model, plan, held, Settings("cascade", None, 10**5, 0, penalize_bias, "equal", True))
 
 
 def posed(model, x, name="conv", trained=True, **options):
     pruning = pruner(model, x, **options)
-    tape = pruning.signals.tapes(name)[name]
-    return pruning.pose(name, tape, pruning.todo.budgets[name], trained)
+    recording = pruning.activations.recordings(name)[name]
+    return pruning.pose(name, recording, pruning.plan.budgets[name], trained)
 
 
 def test_an_allocation_goes_by_the_trained_weights_whatever_is_pruned_now():
@@ -85,7 +85,7 @@ def test_the_program_is_the_one_written_by_hand(residual, bias):
     assert (problem.offset is not None) == residual
     if residual:
         torch.testing.assert_close(problem.offset[0], R)
-        torch.testing.assert_close(problem.centre[0], Y - R, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(problem.center[0], Y - R, rtol=1e-5, atol=1e-5)
     assert problem.penalty.tolist() == [1.0] * 36 + [0.0]
     torch.testing.assert_close(problem.response(problem.W), problem.Y, rtol=1e-4, atol=1e-5)
 
@@ -97,9 +97,9 @@ def test_the_cascade_answers_to_the_pruned_residual_and_stays_feasible():
         model.shortcut.weight.mul_(0.9)
         R = model.shortcut(x).flatten(2).mT.flatten(0, 1)
     pruning.solver = ADMM()
-    problem = pruning.pose("conv", pruning.signals.tapes("conv")["conv"], pruning.todo.budgets["conv"], False)
+    problem = pruning.pose("conv", pruning.activations.recordings("conv")["conv"], pruning.plan.budgets["conv"], False)
     torch.testing.assert_close(problem.offset[0], R)
-    assert float(problem.violation(problem.W)) <= 1e-6
+    assert float(violation(problem, problem.W)) <= 1e-6
 
 
 class Blind(Cardinality):
@@ -203,8 +203,8 @@ def test_a_norm_that_two_layers_share_is_no_part_of_a_solution():
 
     model, x = Shared().eval(), torch.randn(200, 5)
     before = model.norm.bias.clone()
-    todo = choose(model, hold(model, [x], 10**5, 0), Budget(sparsity=0.5))
-    assert {name: str(flow) for name, flow in todo.flows.items()} == {"a": "linear", "b": "linear"}
+    plan = choose(model, sample_inputs(model, [x], 10**5, 0), Budget(sparsity=0.5))
+    assert {name: str(flow) for name, flow in plan.contexts.items()} == {"a": "linear", "b": "linear"}
     trim(model, [x], sparsity=0.5)
     assert torch.equal(model.norm.bias, before)
 
@@ -239,11 +239,11 @@ def test_an_answer_leaves_the_recording_as_it_is():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()
     model[1].running_var.mul_(1e-4)
-    fold = Fold.of(prunable(model)[0]["0"], Flow(1, "1", 1, Rectifier()), model, False)
+    folded = FoldedLayer.create(find_layers(model)[0]["0"], LayerContext(1, "1", 1, Rectifier()), model, False)
     Z, R = torch.randn(100, 6), torch.randn(100, 6)
     before = Z.clone(), R.clone()
-    first = fold.answer(Z, R)
-    assert torch.equal(fold.answer(Z, R), first)
+    first = folded.response(Z, R)
+    assert torch.equal(folded.response(Z, R), first)
     assert torch.equal(Z, before[0])
     assert torch.equal(R, before[1])
 
@@ -264,7 +264,7 @@ def test_every_reader_of_a_layer_is_found():
     torch.manual_seed(0)
     model, x = Two().eval(), torch.randn(100, 6)
     pruning = pruner(model, x)
-    found = pruning.signals.importance(pruning.weights())
+    found = pruning.activations.importance(pruning.weights())
     assert set(found) == {"a", "b"}
     square = sum(layer.weight.detach().square().sum(0) for layer in (model.c, model.d))
     expected = (square / square.mean()).clamp(min=1e-2).sqrt()

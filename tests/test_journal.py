@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from lightning_nettrim import trim
-from lightning_nettrim.digest import digest
-from lightning_nettrim.journal import Journal
-from lightning_nettrim.memory import GIB
-from lightning_nettrim.prune import Pruner
+from lightning_nettrim.pruning.pruner import Pruner
+from lightning_nettrim.runtime.fingerprint import fingerprint
+from lightning_nettrim.runtime.memory import GIB
+from lightning_nettrim.runtime.resume import ResumeStore
 
 
 def network():
@@ -47,7 +47,7 @@ class Killed(BaseException):
 
 def interrupted(folder, at, patch, **options):
     """A run that ends when so many layers are finished."""
-    finished, write = [], Journal.write
+    finished, write = [], ResumeStore.write
 
     def writing(self, name, *rest):
         write(self, name, *rest)
@@ -56,7 +56,7 @@ def interrupted(folder, at, patch, **options):
             raise Killed
 
     with patch.context() as p:
-        p.setattr(Journal, "write", writing)
+        p.setattr(ResumeStore, "write", writing)
         model = network()
         with pytest.raises(Killed):
             pruned(folder, model, **options)
@@ -70,13 +70,13 @@ def test_a_run_goes_on_to_the_same_network_to_the_bit(tmp_path, monkeypatch, at,
     whole, result = pruned(**options)
     interrupted(tmp_path, at, monkeypatch, **options)
     with monkeypatch.context() as patch:
-        asked, write = [], Journal.write
-        patch.setattr(Journal, "write", lambda self, name, *rest: (asked.append(name), write(self, name, *rest)))
+        asked, write = [], ResumeStore.write
+        patch.setattr(ResumeStore, "write", lambda self, name, *rest: (asked.append(name), write(self, name, *rest)))
         again, resumed = pruned(tmp_path, **options)
     assert same(again, whole)
     assert resumed.notes == (f"{at} results are those of a run that was cut short",)
     assert [r.relative_error for r in resumed.reports] == [r.relative_error for r in result.reports]
-    assert resumed.discrepancy_bound == result.discrepancy_bound
+    assert resumed.end_to_end_bound == result.end_to_end_bound
     assert len(asked) == 9 - at  # three curves, three rehearsals, three layers
 
 
@@ -129,7 +129,7 @@ def test_trials_of_a_search_go_on_too(tmp_path, monkeypatch):
         return model, len(asked)
 
     whole, layers = search(None)
-    write, written = Journal.write, []
+    write, written = ResumeStore.write, []
 
     def writing(self, *rest):
         write(self, *rest)
@@ -138,7 +138,7 @@ def test_trials_of_a_search_go_on_too(tmp_path, monkeypatch):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(Journal, "write", writing)
+        patch.setattr(ResumeStore, "write", writing)
         with pytest.raises(Killed):
             search(tmp_path)
     again, left = search(tmp_path)
@@ -226,9 +226,11 @@ def test_a_digest_tells_contents_apart():
         {"a": torch.ones(2, 3)}, {"b": torch.ones(2, 3)}, "1", 1, 1.0, None, [], [[]], torch.ones(()), torch.ones(0),
         torch.ones(3).bfloat16(), torch.ones(3, dtype=torch.bool),
     ]  # fmt: skip
-    assert len({digest(value) for value in values}) == len(values)
-    assert digest(torch.ones(3, 2)) == digest(torch.ones(2, 3).mT.clone(memory_format=torch.contiguous_format))
-    assert digest("ab", "c") != digest("a", "bc")
+    assert len({fingerprint(value) for value in values}) == len(values)
+    assert fingerprint(torch.ones(3, 2)) == fingerprint(
+        torch.ones(2, 3).mT.clone(memory_format=torch.contiguous_format)
+    )
+    assert fingerprint("ab", "c") != fingerprint("a", "bc")
 
 
 def job(folder, out):

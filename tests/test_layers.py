@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_nettrim.layers import Linear, per_layer_options, prunable, refuse_unusable
+from lightning_nettrim.layers import Linear, check_model, find_layers, match_options
 
 
 def network():
@@ -20,12 +20,12 @@ def network():
 def test_matrix_and_rows_answer_as_the_layer(bias, dtype):
     module, x = nn.Linear(5, 3, bias=bias, dtype=dtype), torch.randn(7, 5, dtype=dtype)
     layer = Linear("fc", module, bias="bias" if bias else None)
-    W, X = layer.matrix(), layer.rows(x, bias)
+    W, X = layer.matrix(), layer.to_rows(x, bias)
     assert W.dtype == X.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     torch.testing.assert_close(
         (X @ W)[0].to(dtype), module(x).detach(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2
     )
-    back = layer.parameters(W)
+    back = layer.to_parameters(W)
     assert list(back) == ["fc.weight", "fc.bias"][: 1 + bias]
     for name, value in back.items():
         assert torch.equal(value.to(dtype), getattr(module, name[3:]))
@@ -51,7 +51,7 @@ def test_a_matrix_is_a_copy():
 )
 def test_keys_choose_layers(targets, ignore, found):
     model = network()
-    layers, skipped = prunable(model, targets, ignore)
+    layers, skipped = find_layers(model, targets, ignore)
     assert list(layers) == found
     everything = {"encoder.0", "encoder.1", "encoder.3", "head", "names"}
     assert set(layers) | set(skipped) == everything
@@ -59,7 +59,7 @@ def test_keys_choose_layers(targets, ignore, found):
 
 
 def test_reasons_say_why():
-    _, skipped = prunable(network(), None, ["head"])
+    _, skipped = find_layers(network(), None, ["head"])
     assert skipped == {
         "encoder.0": "Bilinear has parameters of its own that are no Linear's, convolution's or MultiheadAttention's",
         "head": "ignored",
@@ -70,14 +70,14 @@ def test_reasons_say_why():
 @pytest.mark.parametrize("argument", ["targets", "ignore"])
 def test_a_key_that_matches_nothing_names_its_neighbours(argument):
     with pytest.raises(ValueError, match=rf"{argument}: 'encodr.1' matches no layer.*'encoder.1'"):
-        prunable(network(), **{argument: ["encodr.1"]})
+        find_layers(network(), **{argument: ["encodr.1"]})
 
 
 def test_no_layer_left_is_an_error_that_says_why():
     with pytest.raises(ValueError, match="got none.*Bilinear has parameters"):
-        prunable(nn.Sequential(nn.Bilinear(2, 2, 1)))
+        find_layers(nn.Sequential(nn.Bilinear(2, 2, 1)))
     with pytest.raises(ValueError, match="no weight matrix"):
-        prunable(nn.Sequential(nn.ReLU(), nn.LayerNorm(3)))
+        find_layers(nn.Sequential(nn.ReLU(), nn.LayerNorm(3)))
 
 
 def test_tied_parametrized_lazy_and_attention_layers_are_skipped():
@@ -92,7 +92,7 @@ def test_tied_parametrized_lazy_and_attention_layers_are_skipped():
         }
     )
     model["table"].weight = model["tied"].weight
-    layers, skipped = prunable(model)
+    layers, skipped = find_layers(model)
     assert list(layers) == ["attention.in_proj", "attention.out_proj", "plain"]
     assert "shared (tied.weight, table.weight)" in skipped["tied"]
     assert "computed by a parametrization" in skipped["normed"]
@@ -100,12 +100,12 @@ def test_tied_parametrized_lazy_and_attention_layers_are_skipped():
 
 
 def test_the_later_of_two_keys_wins():
-    layers, _ = prunable(network())
-    chosen = per_layer_options({"Linear": {"sparsity": 0.5}, "head": {"sparsity": 0.2, "refit": False}}, layers)
+    layers, _ = find_layers(network())
+    chosen = match_options({"Linear": {"sparsity": 0.5}, "head": {"sparsity": 0.2, "refit": False}}, layers)
     assert chosen["encoder.1"] == {"sparsity": 0.5}
     assert chosen["head"] == {"sparsity": 0.2, "refit": False}
     with pytest.raises(ValueError, match="per_layer: 'haed' matches no layer"):
-        per_layer_options({"haed": {}}, layers)
+        match_options({"haed": {}}, layers)
 
 
 def test_unusable_weights_are_refused():
@@ -113,13 +113,13 @@ def test_unusable_weights_are_refused():
     with torch.no_grad():
         model["head"].weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match="head: expected finite weights"):
-        prunable(model)
+        find_layers(model)
     integer = nn.Linear(2, 2)
     integer.weight = nn.Parameter(torch.ones(2, 2, dtype=torch.int8), requires_grad=False)
     with pytest.raises(ValueError, match="floating-point weights, got torch.int8"):
-        prunable(nn.Sequential(integer))
+        find_layers(nn.Sequential(integer))
 
 
 def test_models_on_the_meta_device_are_refused():
     with pytest.raises(ValueError, match="weight: expected weights in memory"):
-        refuse_unusable(nn.Linear(2, 2, device="meta"))
+        check_model(nn.Linear(2, 2, device="meta"))

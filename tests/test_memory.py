@@ -13,13 +13,20 @@ import torch
 from torch import nn
 
 from lightning_nettrim import ADMM, Cardinality, trim
-from lightning_nettrim.layers import prunable
-from lightning_nettrim.memory import GIB, LEAST_ROWS, Meter, free, passes, rows_within, to_record, to_solve, with_less
-from lightning_nettrim.prune import Pruner
-from lightning_nettrim.responses import Responses
-from lightning_nettrim.sample import hold
-from lightning_nettrim.shelf import Shelf
-from lightning_nettrim.signals import Signals
+from lightning_nettrim.calibration.activations import Activations
+from lightning_nettrim.calibration.memory_model import (
+    MIN_ROWS,
+    max_rows_within,
+    recording_bytes,
+    recording_groups,
+    solving_bytes,
+)
+from lightning_nettrim.calibration.reference import ReferenceOutputs
+from lightning_nettrim.calibration.sampling import sample_inputs
+from lightning_nettrim.layers import find_layers
+from lightning_nettrim.pruning.pruner import Pruner
+from lightning_nettrim.runtime.memory import GIB, MemoryMeter, available_memory, retry_with_less
+from lightning_nettrim.runtime.offload import TensorStore
 
 MIB = 2**20
 
@@ -56,27 +63,27 @@ def test_where_samples_wait_changes_nothing(offload, scheme):
 @pytest.mark.parametrize(("offload", "room"), [("disk", float("inf")), ("cpu", 1000.0)])
 def test_what_is_on_disk_comes_back_and_its_files_go(tmp_path, monkeypatch, offload, room):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    shelf = Shelf(offload, room)
+    store = TensorStore(offload, room)
     tensors = [torch.randn(100, 3), torch.arange(100), torch.ones(100, dtype=torch.bool), torch.ones(2).bfloat16()]
-    kept = shelf.put(tensors)
-    assert shelf.size == 0
+    kept = store.put(tensors)
+    assert store.size == 0
     assert len(list(tmp_path.rglob("*.safetensors"))) == 1
     assert all(torch.equal(a, b) for a, b in zip(kept.load(), tensors, strict=True))
     del kept
     gc.collect()
     assert not list(tmp_path.rglob("*.safetensors"))
-    del shelf
+    del store
     gc.collect()
     assert not list(tmp_path.iterdir())
 
 
 def test_a_shelf_knows_what_it_holds():
-    shelf = Shelf("cpu", 1000)
-    kept = [shelf.put([torch.ones(100)]) for _ in range(2)]
-    assert shelf.size == 800
+    store = TensorStore("cpu", 1000)
+    kept = [store.put([torch.ones(100)]) for _ in range(2)]
+    assert store.size == 800
     kept.pop()
     gc.collect()
-    assert shelf.size == 400
+    assert store.size == 400
 
 
 @pytest.mark.parametrize("offload", ["cpu", "disk"])
@@ -84,9 +91,9 @@ def test_memory_is_handed_back_from_time_to_time(monkeypatch, offload):
     moved = []
     monkeypatch.setattr("lightning_nettrim.shelf.RELEASE", 4000)
     monkeypatch.setattr("lightning_nettrim.shelf.release", lambda: moved.append(len(put) + len(read)))
-    shelf, put, read = Shelf(offload), [], []
+    store, put, read = TensorStore(offload), [], []
     for _ in range(10):
-        put.append(shelf.put([torch.ones(200)]))
+        put.append(store.put([torch.ones(200)]))
     assert moved == [5]
     moved.clear()
     for kept in put:
@@ -106,17 +113,17 @@ def test_another_offload_is_refused():
 
 def test_held_batches_are_the_same_in_halves():
     model = network()
-    held = hold(model, X.split(100), 500, 0)
-    halves = held.narrower()
+    held = sample_inputs(model, X.split(100), 500, 0)
+    halves = held.with_smaller_batches()
     assert len(halves) == 2 * len(held)
     one, other = (torch.cat([replay.batch for replay in batches]) for batches in (held, halves))
     assert torch.equal(one, other)
-    assert max(len(replay.batch) for replay in halves.narrower()) <= 25
+    assert max(len(replay.batch) for replay in halves.with_smaller_batches()) <= 25
 
 
 METERED = """
 import torch
-from lightning_nettrim.memory import Meter
+from lightning_nettrim.calibration.memory_model import Meter
 meter = Meter(torch.device("cpu"))
 laps = [meter.lap()]
 block = torch.ones(64 * 2**20 // 4)
@@ -127,8 +134,8 @@ print(*laps, meter.lap(), meter.lap(), meter.peak)
 
 HELD = """
 import torch
-from lightning_nettrim.memory import Meter
-from lightning_nettrim.sample import hold
+from lightning_nettrim.calibration.memory_model import Meter
+from lightning_nettrim.calibration.sampling import sample_inputs
 meter = Meter(torch.device("cpu"))
 held = hold(torch.nn.Identity(), (torch.ones(32, 3 * 224 * 224) for _ in range(40)), 1280, 0)
 print(meter.lap())
@@ -156,16 +163,19 @@ def test_the_meter_sees_what_was_used_and_given_back():
 
 
 def test_rows_and_layers_are_chosen_by_what_fits():
-    layers, _ = prunable(network())
+    layers, _ = find_layers(network())
     rows = dict.fromkeys(layers, 8192)
-    assert passes(layers, rows, float("inf")) == [[*layers]]
-    assert passes(layers, rows, 0.0) == [[name] for name in layers]
+    assert recording_groups(layers, rows, float("inf")) == [[*layers]]
+    assert recording_groups(layers, rows, 0.0) == [[name] for name in layers]
     for layer in layers.values():
-        assert rows_within(layer, 8192, float("inf")) == 8192
-        assert rows_within(layer, 8192, 0.0) == LEAST_ROWS
-        room = to_solve(layer, 3000)
-        few = rows_within(layer, 8192, room)
-        assert max(to_record(layer, few, True), to_record(layer, few, False), to_solve(layer, few)) <= room
+        assert max_rows_within(layer, 8192, float("inf")) == 8192
+        assert max_rows_within(layer, 8192, 0.0) == MIN_ROWS
+        room = solving_bytes(layer, 3000)
+        few = max_rows_within(layer, 8192, room)
+        assert (
+            max(recording_bytes(layer, few, True), recording_bytes(layer, few, False), solving_bytes(layer, few))
+            <= room
+        )
 
 
 def test_little_memory_means_fewer_rows_and_says_so(monkeypatch):
@@ -188,7 +198,13 @@ def out_of_memory(patch, owner, name, times, error):
     patch.setattr(owner, name, failing)
 
 
-STAGES = [(Responses, "record"), (Signals, "tapes"), (Pruner, "pose"), (Responses, "distances"), (Cardinality, "solve")]
+STAGES = [
+    (ReferenceOutputs, "record"),
+    (Activations, "tapes"),
+    (Pruner, "pose"),
+    (ReferenceOutputs, "distances"),
+    (Cardinality, "solve"),
+]
 ERRORS = [
     torch.OutOfMemoryError("CUDA out of memory"),
     MemoryError(),
@@ -226,7 +242,7 @@ def test_other_errors_are_not_taken_for_want_of_memory():
         raise RuntimeError("shapes do not agree")
 
     with pytest.raises(RuntimeError, match="shapes"):
-        with_less(attempt, lambda: None)
+        retry_with_less(attempt, lambda: None)
     assert len(attempts) == 1
 
 
@@ -293,7 +309,7 @@ def test_fifty_prunes_leak_nothing():
         gc.collect()
         tensors = sum(issubclass(type(o), torch.Tensor) for o in gc.get_objects())
         hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-        return tensors, hooks, Meter(torch.device("cpu"))._base, len(os.listdir("/proc/self/fd"))
+        return tensors, hooks, MemoryMeter(torch.device("cpu"))._base, len(os.listdir("/proc/self/fd"))
 
     runs = [once(i) for i in range(50)]
     tensors, hooks, memory, files = zip(*runs, strict=True)

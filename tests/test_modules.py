@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nettrim import Magnitude, NetTrim, trim
-from lightning_nettrim.layers import prunable
+from lightning_nettrim.layers import find_layers
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
@@ -263,7 +263,7 @@ def test_metrics_with_networks_of_their_own_are_no_part_of_the_network():
 
     model = stack()
     model.add_module("metric", Perceptual())
-    layers, skipped = prunable(model)
+    layers, skipped = find_layers(model)
     assert list(layers) == ["0", "2"]
     assert "belongs to a metric" in skipped["metric.net"]
 
@@ -271,7 +271,7 @@ def test_metrics_with_networks_of_their_own_are_no_part_of_the_network():
 def test_a_compiled_name_matches_keys_with_and_without_its_prefix():
     model = nn.ModuleDict({"net": torch.compile(stack(), backend="eager")})
     for key in ("net.0", "net._orig_mod.0", "re:net.0"):
-        assert list(prunable(model, ignore=[key])[0]) == ["net._orig_mod.2"]
+        assert list(find_layers(model, ignore=[key])[0]) == ["net._orig_mod.2"]
 
 
 def test_a_search_has_no_note_of_a_run_that_was_cut_short(tmp_path):

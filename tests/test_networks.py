@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_nettrim import Cardinality, Magnitude, trim
-from lightning_nettrim.layers import prunable
+from lightning_nettrim.layers import find_layers
 
 
 def outputs(model, x):
@@ -102,15 +102,15 @@ def test_attention_answers_as_it_did(options):
 
 
 def test_the_inputs_of_the_last_matrix_of_an_attention_are_its_heads():
-    from lightning_nettrim.capture import record
-    from lightning_nettrim.replay import Replay, evaluating
+    from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
+    from lightning_nettrim.calibration.recording import record
 
     model, x = Attention().double().eval(), torch.randn(5, 7, 16, dtype=torch.float64)
-    layer = prunable(model)[0]["attention.out_proj"]
+    layer = find_layers(model)[0]["attention.out_proj"]
     weight = model.attention.out_proj.weight
-    with evaluating(model):
-        tape = record(model, {"o": layer}, [Replay(x)], num_samples=10**5, seed=0)["o"]
-    torch.testing.assert_close(layer.rows(tape.X, True)[0] @ layer.matrix()[0], tape.Z)
+    with evaluation_mode(model):
+        recording = record(model, {"o": layer}, [CalibrationBatch(x)], num_samples=10**5, seed=0)["o"]
+    torch.testing.assert_close(layer.to_rows(recording.X, True)[0] @ layer.matrix()[0], recording.Z)
     assert model.attention.out_proj.weight is weight
 
 
@@ -120,7 +120,7 @@ def test_attention_to_something_else_is_listed_and_its_last_matrix_pruned():
     assert {report.name for report in result.reports} == {"attention.out_proj", "head"}
     assert "expected self-attention" in result.skipped[0].reason
     apart = nn.ModuleList([nn.MultiheadAttention(16, 4, kdim=8), nn.Linear(2, 2)])
-    assert "matrices of their own" in prunable(apart)[1]["0.in_proj"]
+    assert "matrices of their own" in find_layers(apart)[1]["0.in_proj"]
 
 
 def test_torch_s_own_encoder():
@@ -137,7 +137,7 @@ def test_torch_s_own_encoder():
 
 def test_recurrent_layers_are_listed_with_their_reason():
     model = nn.ModuleList([nn.LSTM(3, 4), nn.GRUCell(3, 4), nn.Linear(2, 2)])
-    _, skipped = prunable(model)
+    _, skipped = find_layers(model)
     assert "LSTM feeds its outputs back" in skipped["0"]
     assert "GRUCell feeds its outputs back" in skipped["1"]
 
@@ -164,20 +164,20 @@ def test_repeated_and_shared_modules_are_one_problem_with_all_samples():
     ]
     assert model.b.weight is model.a.weight
     assert int((model.conv.weight == 0).sum()) == round(0.4 * 81)
-    from lightning_nettrim.capture import record
-    from lightning_nettrim.replay import Replay, evaluating
+    from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
+    from lightning_nettrim.calibration.recording import record
 
-    layers = prunable(model)[0]
-    with evaluating(model):
-        tapes = record(model, layers, [Replay(x)], num_samples=10**6, seed=0)
-    assert tapes["conv"].seen == 50 * (36 + 9)
-    assert tapes["a"].seen == 2 * 50
+    layers = find_layers(model)[0]
+    with evaluation_mode(model):
+        recordings = record(model, layers, [CalibrationBatch(x)], num_samples=10**6, seed=0)
+    assert recordings["conv"].seen == 50 * (36 + 9)
+    assert recordings["a"].seen == 2 * 50
 
 
 def test_one_weight_with_two_biases_is_listed():
     model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)])
     model[1].weight = model[0].weight
-    layers, skipped = prunable(model)
+    layers, skipped = find_layers(model)
     assert list(layers) == ["2"]
     assert skipped["0"] == skipped["1"] == "its weight is shared (0.weight, 1.weight)"
 
@@ -232,7 +232,7 @@ def test_a_subclass_with_its_own_mathematics_is_listed():
     model = nn.Sequential(Scaled(5, 5), nn.ReLU(), nn.Linear(5, 2))
     result = trim(model, [torch.randn(50, 5)], sparsity=0.5)
     assert [report.name for report in result.reports] == ["2"]
-    assert result.skipped[0].reason == "Scaled answers something else than its weights times its inputs"
+    assert result.skipped[0].reason == "Scaled does not compute the product of its weights and inputs"
 
 
 def test_an_input_size_that_the_network_refuses_is_named():

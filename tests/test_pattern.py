@@ -13,20 +13,20 @@ NAMES = ["unstructured", "per_neuron", "2:4", "4:8", "neuron", "2x4", "3x8"]
 @pytest.mark.parametrize("name", NAMES)
 def test_groups_hold_every_weight_once_and_come_back(name):
     W = torch.randn(2, 16, 6)
-    groups = Pattern(name).groups(W)
+    groups = parse_pattern(name).to_blocks(W)
     assert torch.equal(groups.flatten().sort().values, W.flatten().sort().values)
-    assert torch.equal(Pattern(name).ungroup(groups, 16, 6), W)
+    assert torch.equal(parse_pattern(name).from_blocks(groups, 16, 6), W)
 
 
 def test_groups_are_what_their_names_say():
     weight = torch.arange(6 * 16).reshape(6, 16)  # outputs by inputs, as in a layer
     W = weight.mT
-    assert Pattern("2:4").groups(W)[0, :, 0].tolist() == [0, 1, 2, 3]
-    assert Pattern("2:4").groups(W)[4, :, 0].tolist() == [16, 17, 18, 19]
-    assert Pattern("per_neuron").groups(W)[1, :, 0].tolist() == list(range(16, 32))
-    assert Pattern("neuron").groups(W)[0, 1].tolist() == list(range(16, 32))
-    assert Pattern("2x4").groups(W)[0, 0].tolist() == [0, 1, 2, 3, 16, 17, 18, 19]
-    assert Pattern("2x4").groups(W)[0, 1].tolist() == [4, 5, 6, 7, 20, 21, 22, 23]
+    assert parse_pattern("2:4").to_blocks(W)[0, :, 0].tolist() == [0, 1, 2, 3]
+    assert parse_pattern("2:4").to_blocks(W)[4, :, 0].tolist() == [16, 17, 18, 19]
+    assert parse_pattern("per_neuron").to_blocks(W)[1, :, 0].tolist() == list(range(16, 32))
+    assert parse_pattern("neuron").to_blocks(W)[0, 1].tolist() == list(range(16, 32))
+    assert parse_pattern("2x4").to_blocks(W)[0, 0].tolist() == [0, 1, 2, 3, 16, 17, 18, 19]
+    assert parse_pattern("2x4").to_blocks(W)[0, 1].tolist() == [4, 5, 6, 7, 20, 21, 22, 23]
 
 
 @pytest.mark.parametrize(
@@ -42,18 +42,18 @@ def test_groups_are_what_their_names_say():
     ],
 )
 def test_counts(name, sparsity, nonzeros):
-    assert Pattern(name).nonzeros(sparsity, 16, 6) == nonzeros
+    assert parse_pattern(name).nonzeros(sparsity, 16, 6) == nonzeros
 
 
 def test_the_sparsity_of_n_of_m_is_its_own():
-    assert Pattern("1:4").sparsity == 0.75
-    assert Pattern("neuron").sparsity is None
+    assert parse_pattern("1:4").sparsity == 0.75
+    assert parse_pattern("neuron").sparsity is None
 
 
 @pytest.mark.parametrize("name", ["", "2:", "4:2", "4:4", "0:4", "x4", "2x", "rows", "2:4:8", "-1:4"])
 def test_refuses_names_that_are_none(name):
     with pytest.raises(ValueError, match=f"pattern: expected .* got {name!r}"):
-        Pattern(name)
+        parse_pattern(name)
 
 
 @pytest.mark.parametrize(
@@ -61,4 +61,4 @@ def test_refuses_names_that_are_none(name):
 )
 def test_refuses_layers_that_it_does_not_divide(name, what):
     with pytest.raises(ValueError, match=f"expected a multiple of {what}"):
-        Pattern(name).check(16, 6)
+        parse_pattern(name).check(16, 6)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lightning_nettrim import LayerProblem, Pattern
-from lightning_nettrim.prox import project_pattern, reflect_relu_ball, soft_threshold
+from lightning_nettrim.core.prox import project_pattern, reflect_relu_ball, soft_threshold
 
 
 def test_soft_threshold_minimises_its_objective():
@@ -58,7 +58,7 @@ PATTERNS = ["unstructured", "per_neuron", "2:4", "1:4", "4:8", "neuron", "2x4", 
 def test_the_projection_on_a_pattern_is_the_nearest_by_brute_force(name, batch, bias):
     W = torch.randn(*batch, 8 + bias, 4)
     penalty = torch.tensor([1.0] * 8 + [0.0] * bias)
-    pattern = Pattern(name)
+    pattern = parse_pattern(name)
     problem = LayerProblem(W.mT, W.mT @ W, W, sparsity=pattern.sparsity or 0.5, pattern=pattern, penalty=penalty)
     S = project_pattern(problem, W)
     assert bool(((S == W) | (S == 0)).all())

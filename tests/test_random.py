@@ -33,12 +33,12 @@ def test_the_defaults_reach_the_optimum(seed):
     solution = solve(problem, ADMM())
     assert solution.status == Status.CONVERGED
     assert float(solution.objective) == pytest.approx(best, rel=1e-3, abs=1e-9)
-    assert float(problem.violation(solution.W)) <= 1e-3
+    assert float(violation(problem, solution.W)) <= 1e-3
 
     tensors = {n: getattr(problem, n) for n in ("X", "Y", "W", "epsilon", "V", "penalty", "offset")}
     single = replace(problem, **{n: t if t is None else t.float() for n, t in tensors.items()})
     solution = solve(single, ADMM())
     assert solution.status == Status.CONVERGED
     assert float(solution.gap) <= 5e-3
-    assert float(problem.violation(solution.W.double())) <= 5e-3
+    assert float(violation(problem, solution.W.double())) <= 5e-3
     assert torch.isfinite(solution.bound)

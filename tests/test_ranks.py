@@ -20,13 +20,13 @@ from ranked_ddp import Net
 from safetensors.torch import load_file
 
 from lightning_nettrim import Cardinality, NetTrim, path, refit, trim
-from lightning_nettrim.ranks import Ranks
+from lightning_nettrim.runtime.distributed import ProcessGroup
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
 
 
-def together(folder: Path, part: str) -> list[subprocess.CompletedProcess[str]]:
+def raise_together(folder: Path, part: str) -> list[subprocess.CompletedProcess[str]]:
     """Two processes of a part, until both have ended."""
     command = [sys.executable, str(HERE / "ranked.py"), str(folder)]
     processes = [
@@ -51,7 +51,7 @@ def together(folder: Path, part: str) -> list[subprocess.CompletedProcess[str]]:
 def found(tmp_path_factory):
     """What both processes have found."""
     folder = tmp_path_factory.mktemp("ranks")
-    for process in together(folder, "cases"):
+    for process in raise_together(folder, "cases"):
         assert process.returncode == 0, process.stdout
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
@@ -107,7 +107,7 @@ def test_too_little_memory_for_a_recording_in_one_process_is_less_in_all(found):
 
 
 def test_a_process_that_dies_ends_the_others(tmp_path):
-    survivor, dead = together(tmp_path, "die")
+    survivor, dead = raise_together(tmp_path, "die")
     assert dead.returncode == 7
     assert survivor.returncode == 1
     assert "RuntimeError: expected 2 processes to go on together" in survivor.stdout
@@ -160,7 +160,7 @@ def test_a_process_that_dies_ends_a_fit_and_leaves_no_half_written_file(tmp_path
 
 
 @dataclass(frozen=True)
-class Beside(Ranks):
+class Beside(ProcessGroup):
     """This process beside a second one, in which everything is as given."""
 
     count: int = 2
@@ -172,18 +172,18 @@ class Beside(Ranks):
 
 def test_processes_that_end_differently_are_refused():
     weight = torch.ones(2, 3)
-    Beside().check_same({"fc.weight": weight})
+    Beside().check_identical({"fc.weight": weight})
     with pytest.raises(RuntimeError, match="fc.weight: expected the same values in all 2 processes"):
-        Beside(other=["0"]).check_same({"fc.weight": weight})
+        Beside(other=["0"]).check_identical({"fc.weight": weight})
 
 
 def test_processes_that_use_a_layer_differently_are_refused():
     seen = {"0": "ReLU", "2": "linear"}
-    Beside().agree(seen)
+    Beside().check_agreement(seen)
     with pytest.raises(ValueError, match="2: expected it to be used alike .*, got 'linear' .* 0 and 'not met' .* 1"):
-        Beside(other={"0": "ReLU"}).agree(seen)
+        Beside(other={"0": "ReLU"}).check_agreement(seen)
     with pytest.raises(ValueError, match="0: expected it to be used alike .*, got 'earlier' .* and 'later'"):
-        Beside(other={"2": "linear", "0": "ReLU"}).agree(seen)
+        Beside(other={"2": "linear", "0": "ReLU"}).check_agreement(seen)
 
 
 def test_distributed_needs_a_group():

@@ -10,7 +10,7 @@ import torch
 from problems import distance, layer
 
 from lightning_nettrim import ADMM, Magnitude, refit, solve
-from lightning_nettrim.rectifier import Rectifier
+from lightning_nettrim.core.activation import Rectifier
 
 
 def pruned(problem, sparsity=0.6):
@@ -22,7 +22,7 @@ def test_a_linear_refit_solves_the_normal_equations():
     W = pruned(problem)
     fitted = refit(problem, W)
     for m in range(W.shape[1]):
-        support = (W[:, m] != 0) | (problem.weights[:, 0] == 0)
+        support = (W[:, m] != 0) | (problem.lambdas[:, 0] == 0)
         exact = torch.linalg.lstsq(problem.X[:, support], problem.Y[:, m : m + 1]).solution.squeeze(1)
         torch.testing.assert_close(fitted[support, m], exact, rtol=1e-5, atol=1e-6)
 
@@ -39,7 +39,7 @@ def test_a_relu_refit_reaches_the_convex_optimum(options):
     XU = problem.X.numpy() @ U + (0 if problem.offset is None else problem.offset.numpy())
     V = (problem.Y if problem.V is None else problem.V).numpy()
     side = torch.where(problem.rectifier.high <= problem.Y, -1.0, 1.0).numpy()
-    off = ((W == 0) & (problem.weights > 0)).double().numpy()
+    off = ((W == 0) & (problem.lambdas > 0)).double().numpy()
     on, above = cp.multiply(Omega, XU - problem.Y.numpy()), cp.multiply(1 - Omega, cp.pos(cp.multiply(side, XU - V)))
     cost = cp.sum_squares(on) + cp.sum_squares(above)
     best = cp.Problem(cp.Minimize(cost), [cp.multiply(off, U) == 0]).solve(solver=cp.CLARABEL)
@@ -74,8 +74,8 @@ def test_the_support_stays_and_the_distance_falls(options, dtype):
     W = solve(problem, ADMM()).W
     fitted = refit(problem, W)
     assert bool((fitted[W == 0] == 0).all()) or problem.penalty is not None
-    penalised = (problem.weights > 0).expand_as(W)
-    assert bool((fitted[(W == 0) & penalised] == 0).all())
+    penalized = (problem.lambdas > 0).expand_as(W)
+    assert bool((fitted[(W == 0) & penalized] == 0).all())
     assert distance(problem, fitted) < distance(problem, W)
 
 

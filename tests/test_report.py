@@ -7,7 +7,7 @@ import math
 
 import torch
 
-from lightning_nettrim.report import LayerReport, SkippedLayer, TrimResult, aligned, as_json, comparison
+from lightning_nettrim.pruning.results import LayerReport, PruningResult, SkippedLayer, aligned, as_json, comparison
 
 
 def report(name="fc1", **changes):
@@ -21,7 +21,7 @@ def report(name="fc1", **changes):
 
 def result(*reports):
     skipped = (SkippedLayer("conv", "Conv2d is not supported: only Linear is", 12),)
-    return TrimResult(reports, skipped, {"fc1.weight": torch.ones(3, 4) > 0}, 0.75, 0.7, 3.0, None, 50.0, 2.0)
+    return PruningResult(reports, skipped, {"fc1.weight": torch.ones(3, 4) > 0}, 0.75, 0.7, 3.0, None, 50.0, 2.0)
 
 
 def test_json_holds_every_field_and_nothing_that_json_lacks():
@@ -31,7 +31,7 @@ def test_json_holds_every_field_and_nothing_that_json_lacks():
     assert again["layers"][0]["shape"] == [3, 4]
     assert again["layers"][1]["objective"] is None
     assert again["skipped"] == [{"name": "conv", "reason": "Conv2d is not supported: only Linear is", "weights": 12}]
-    assert again["total"]["discrepancy_bound"] is None
+    assert again["total"]["end_to_end_bound"] is None
     assert again["total"]["sparsity"] == 0.75
     assert again["metrics"]["dense"]["acc"] == 0.9
 

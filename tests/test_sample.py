@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_nettrim.replay import AmbiguousBatch, arguments
-from lightning_nettrim.sample import Reservoir, hold
+from lightning_nettrim.calibration.batch import AmbiguousBatch, arguments
+from lightning_nettrim.calibration.sampling import Reservoir, sample_inputs
 
 
 def flat(model, held):
@@ -58,14 +58,14 @@ def test_the_same_row_counts_give_the_same_rows_whatever_the_values():
 
 def test_seeds_give_other_rows():
     rows = torch.arange(1000.0).unsqueeze(1)
-    one, same, other = (flat(None, hold(nn.Identity(), rows.split(50), 60, seed)) for seed in (0, 0, 1))
+    one, same, other = (flat(None, sample_inputs(nn.Identity(), rows.split(50), 60, seed)) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
 
 
 def test_held_inputs_are_copies_of_a_generator_read_once():
     source = torch.arange(12.0).reshape(6, 2)
-    held = hold(nn.Identity(), (batch for batch in source.split(2)), 100, 0)
+    held = sample_inputs(nn.Identity(), (batch for batch in source.split(2)), 100, 0)
     source.zero_()
     assert torch.equal(flat(None, held), torch.arange(12.0).reshape(6, 2))
     assert [len(replay.batch) for replay in held] == [2, 2, 2]
@@ -73,14 +73,14 @@ def test_held_inputs_are_copies_of_a_generator_read_once():
 
 def test_small_chunks_are_joined_up_to_a_batch():
     rows = torch.arange(10_000.0).unsqueeze(1)
-    held = hold(nn.Identity(), rows.split(100), 500, 0)
+    held = sample_inputs(nn.Identity(), rows.split(100), 500, 0)
     assert sum(len(replay.batch) for replay in held) == 500
     assert len(held) <= 7
     assert max(len(replay.batch) for replay in held) <= 100
 
 
 def test_ragged_batches_are_kept_in_their_shapes():
-    held = hold(nn.Identity(), [torch.ones(3, 5), torch.ones(2, 7)], 100, 0)
+    held = sample_inputs(nn.Identity(), [torch.ones(3, 5), torch.ones(2, 7)], 100, 0)
     assert [tuple(replay.batch.shape) for replay in held] == [(3, 5), (2, 7)]
 
 
@@ -149,19 +149,19 @@ def test_a_tuple_whose_further_elements_could_be_arguments_is_refused(model, bat
 
 def test_batches_without_a_common_length_are_kept_whole():
     batches = [{"ids": torch.ones(4, 3), "mask": torch.ones(2)}, {"ids": torch.ones(5, 3), "mask": torch.ones(1)}]
-    held = hold(Named(), batches, 100, 0)
+    held = sample_inputs(Named(), batches, 100, 0)
     assert [tuple(replay.batch["ids"].shape) for replay in held] == [(4, 3), (5, 3)]
 
 
 def test_arguments_that_are_none_stay_none():
-    replay, *_ = hold(Named(), [{"ids": torch.ones(4, 3), "mask": None}], 100, 0)
+    replay, *_ = sample_inputs(Named(), [{"ids": torch.ones(4, 3), "mask": None}], 100, 0)
     assert replay.batch["mask"] is None
 
 
 @pytest.mark.parametrize("batches", [[], iter(()), [torch.ones(0, 3)]])
 def test_no_inputs_are_refused(batches):
     with pytest.raises(ValueError, match="empty"):
-        hold(nn.Identity(), batches, 100, 0)
+        sample_inputs(nn.Identity(), batches, 100, 0)
 
 
 class TimeFirst(nn.Module):
@@ -187,10 +187,10 @@ class Images(nn.Module):
 
 
 def test_batches_whose_first_dimension_is_not_of_their_inputs_are_kept_whole():
-    held = hold(TimeFirst(), [torch.randn(8, 4, 3) for _ in range(20)], 40, 0)
+    held = sample_inputs(TimeFirst(), [torch.randn(8, 4, 3) for _ in range(20)], 40, 0)
     assert [replay.batch.shape for replay in held] == [(8, 4, 3)] * 5
     images = [[torch.randn(3, 8, 8), torch.randn(3, 8, 8)] for _ in range(20)]
-    held = hold(Images(), images, 12, 0, forward=lambda model, batch: model(batch))
+    held = sample_inputs(Images(), images, 12, 0, forward=lambda model, batch: model(batch))
     assert [[tuple(image.shape) for image in replay.batch] for replay in held] == [[(3, 8, 8)] * 2] * 4
 
 
@@ -198,7 +198,7 @@ def test_whole_batches_are_a_uniform_sample_too():
     batches = [torch.full((8, 4, 3), float(i)) + torch.rand(8, 4, 3) for i in range(40)]
     chosen = torch.zeros(40)
     for seed in range(60):
-        for replay in hold(TimeFirst(), batches, 80, seed):
+        for replay in sample_inputs(TimeFirst(), batches, 80, seed):
             chosen[int(replay.batch.min())] += 1
     assert chosen.sum() == 600
     assert 3 <= chosen.min() <= chosen.max() <= 29  # 15 expected of each, four standard deviations either way
@@ -206,7 +206,7 @@ def test_whole_batches_are_a_uniform_sample_too():
 
 def test_a_joined_batch_keeps_the_order_of_its_parts_in_all_tensors():
     pairs = [(torch.arange(10.0).reshape(10, 1) + 10 * i, torch.arange(10) + 10 * i) for i in range(30)]
-    held = hold(nn.Linear(1, 1), pairs, 45, 0)
+    held = sample_inputs(nn.Linear(1, 1), pairs, 45, 0)
     x, y = (torch.cat(parts) for parts in zip(*(replay.batch for replay in held), strict=True))
     assert torch.equal(x.squeeze(1).long(), y)
     assert len(y) == 45
@@ -215,7 +215,7 @@ def test_a_joined_batch_keeps_the_order_of_its_parts_in_all_tensors():
 def test_random_numbers_of_a_replay_are_its_own_and_leave_the_generator_alone():
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    held = hold(nn.Linear(2, 2), torch.ones(40, 2).split(10), 40, 0, forward=lambda model, x: torch.rand(3))
+    held = sample_inputs(nn.Linear(2, 2), torch.ones(40, 2).split(10), 40, 0, forward=lambda model, x: torch.rand(3))
     model = nn.Identity()
     one, again, other = held[0](model), held[0](model), held[1](model)
     assert torch.equal(one, again)

@@ -32,7 +32,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nettrim import Magnitude, NetTrim
-from lightning_nettrim.callbacks import folder
+from lightning_nettrim.callbacks import run_folder
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
@@ -468,11 +468,11 @@ def test_layers_of_a_run_that_is_still_running_are_left_alone(tmp_path):
         """What a run beside the one of a process finds."""
         trainer = make_trainer(tmp_path)
         trainer.strategy.connect(Net())
-        claimed = folder.claim(trainer)
+        claimed = run_folder.claim(trainer)
         (claimed / "layers").mkdir()
         if process is not None:
             (claimed / "running").write_text(f"{socket.gethostname()} {process}")
-        return claimed, [path.parent for path in folder.unfinished(trainer, folder.claim(trainer))]
+        return claimed, [path.parent for path in run_folder.unfinished(trainer, run_folder.claim(trainer))]
 
     own, found = left(None)
     assert found == [own]
@@ -482,7 +482,7 @@ def test_layers_of_a_run_that_is_still_running_are_left_alone(tmp_path):
         assert theirs not in found
     finally:
         other.communicate(b"\n")
-    assert theirs in [path.parent for path in folder.unfinished(make_trainer(tmp_path), own)]
+    assert theirs in [path.parent for path in run_folder.unfinished(make_trainer(tmp_path), own)]
 
 
 def test_an_unwritable_folder_is_refused_before_training(tmp_path):

@@ -12,17 +12,7 @@ import torch
 import yaml
 from torch import nn
 
-from lightning_nettrim import (
-    ADMM,
-    Cardinality,
-    LayerProblem,
-    Magnitude,
-    Solution,
-    Solver,
-    SparseGPT,
-    Wanda,
-    trim,
-)
+from lightning_nettrim import ADMM, Cardinality, LayerProblem, Magnitude, Solution, Solver, SparseGPT, Wanda, trim
 
 QUICK = ADMM(rtol=1e-2, atol=1e-2)
 
@@ -76,7 +66,7 @@ def test_epsilon_bounds_the_response_and_the_bound_holds(scheme, penalize_bias):
     result = trim(model, data, epsilon=0.1, scheme=scheme, penalize_bias=penalize_bias)
     discrepancy = float((response(model, data) - dense).norm())
     assert result.discrepancy == pytest.approx(discrepancy, rel=1e-4)
-    assert 0 < result.discrepancy <= result.discrepancy_bound
+    assert 0 < result.discrepancy <= result.end_to_end_bound
     assert result.response_norm == pytest.approx(float(dense.norm()), rel=1e-5)
     assert [report.name for report in result.reports] == ["0", "2", "4"]
     for report in result.reports:
@@ -180,7 +170,7 @@ def test_leading_dimensions_and_other_layers_between():
     model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.LayerNorm(8), nn.Linear(8, 3))
     result = trim(model, [torch.randn(4, 5, 6) for _ in range(8)], epsilon=0.2)
     assert [report.status for report in result.reports] == ["CONVERGED"] * 2
-    assert result.discrepancy_bound is None
+    assert result.end_to_end_bound is None
 
 
 def test_a_layer_called_twice_is_one_problem():
@@ -194,7 +184,7 @@ def test_a_layer_called_twice_is_one_problem():
 
     result = trim(Twice(), [torch.rand(40, 8) for _ in range(4)], epsilon=0.2)
     assert [report.name for report in result.reports] == ["a", "b"]
-    assert result.discrepancy_bound is None
+    assert result.end_to_end_bound is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
@@ -595,5 +585,5 @@ def test_a_subclass_of_linear_keeps_the_certificate_of_the_network():
     plain, own = mlp(), mlp()
     own[2] = Own(30, 16)
     own[2].load_state_dict(plain[2].state_dict())
-    bounds = [trim(model, batches(), epsilon=0.2, solver=QUICK).discrepancy_bound for model in (plain, own)]
+    bounds = [trim(model, batches(), epsilon=0.2, solver=QUICK).end_to_end_bound for model in (plain, own)]
     assert bounds[0] == bounds[1] > 0

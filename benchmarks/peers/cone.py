@@ -49,7 +49,7 @@ def solve(problem: LayerProblem, solver: str, settings: Iterator[dict[str, Any]]
 
 def _program(problem: LayerProblem) -> tuple[cp.Problem, cp.Variable]:
     """Σ λ|W| over W with one cone for the residual on Ω and one linear row for each entry off Ω."""
-    X, Y, weights = (t.double().numpy() for t in (problem.X, problem.Y, problem.weights))
+    X, Y, weights = (t.double().numpy() for t in (problem.X, problem.Y, problem.lambdas))
     on = (torch.ones_like(problem.Y) if problem.Omega is None else problem.Omega).bool().numpy()
     V = (torch.zeros_like(problem.Y) if problem.V is None else problem.V).double().numpy()
     W = cp.Variable(problem.W.shape)

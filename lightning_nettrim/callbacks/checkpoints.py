@@ -62,7 +62,7 @@ def verify_file(path: Path, masks: Mapping[str, Tensor]) -> None:
         verify(content["state_dict"], masks, str(path))
 
 
-def refuse_no_best(trainer: pl.Trainer) -> None:
+def check_best_is_kept(trainer: pl.Trainer) -> None:
     """Raise MisconfigurationException where no ModelCheckpoint is going to know a best checkpoint."""
     saver: Any = trainer.checkpoint_callback
     if saver is None or getattr(saver, "monitor", None) is None or getattr(saver, "save_top_k", 0) == 0:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_nettrim.callbacks.package import is_a
+from lightning_nettrim.callbacks.lightning_package import is_a
 
 Restore = Callable[[], Any]
 

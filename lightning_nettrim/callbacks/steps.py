@@ -13,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from lightning_nettrim import mask
-from lightning_nettrim.callbacks.package import dummy_logger, is_a, of_package, overridden
+from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
+from lightning_nettrim.callbacks.lightning_package import dummy_logger, is_a, of_package, overridden
 from lightning_nettrim.callbacks.preserve import preserved
-from lightning_nettrim.layers import Layer
-from lightning_nettrim.replay import Replay, evaluating
+from lightning_nettrim.layers import Layer, masking
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +26,7 @@ STEPS = ("calibration_step", "validation_step", "training_step", "predict_step")
 _STAGES = {"training_step": "TRAINING", "predict_step": "PREDICTING"}
 
 
-class Loaded(NamedTuple):
+class LoadedBatch(NamedTuple):
     """A batch and the number of the loader that it comes from."""
 
     batch: Any
@@ -49,7 +48,7 @@ class StepForward:
     def __init__(self, trainer: pl.Trainer, step: str, changed: Sequence[str] = ()) -> None:
         self._trainer, self.step, self._changed = trainer, step, list(changed)
 
-    def __call__(self, model: nn.Module, loaded: Loaded) -> Any:
+    def __call__(self, model: nn.Module, loaded: LoadedBatch) -> Any:
         """What the step returns."""
         function = getattr(model, self.step)
         names = [*inspect.signature(function).parameters]
@@ -89,11 +88,11 @@ def muted(trainer: pl.Trainer, module: nn.Module, stage: str) -> Iterator[None]:
 @contextmanager
 def _put_back(module: nn.Module, names: list[str]) -> Iterator[None]:
     """A `with` after which some parameters and buffers are as before."""
-    before = mask.copies(module, names)
+    before = masking.clone(module, names)
     try:
         yield
     finally:
-        mask.swap(module, before)
+        masking.assign(module, before)
 
 
 @contextmanager
@@ -157,7 +156,11 @@ class _Inert:
 
 
 def choose_step(
-    trainer: pl.Trainer, module: pl.LightningModule, layers: Mapping[str, Layer], loaded: Loaded, wanted: str | None
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    layers: Mapping[str, Layer],
+    loaded: LoadedBatch,
+    wanted: str | None,
 ) -> StepForward:
     """The step that calibration batches run through: the one asked for, or the first one that can.
 
@@ -189,20 +192,20 @@ def _listed(reasons: Mapping[str, str]) -> str:
 
 
 def _tried(
-    trainer: pl.Trainer, module: pl.LightningModule, layers: Mapping[str, Layer], loaded: Loaded, step: str
+    trainer: pl.Trainer, module: pl.LightningModule, layers: Mapping[str, Layer], loaded: LoadedBatch, step: str
 ) -> tuple[str, list[str]]:
     """Why a step cannot be used, empty if it can, and what it has changed, which is put back."""
     own, called = {**dict(module.named_parameters()), **dict(module.named_buffers())}, []
-    before = mask.copies(module, list(own))
-    with evaluating(module), ExitStack() as stack:
+    before = masking.clone(module, list(own))
+    with evaluation_mode(module), ExitStack() as stack:
         for layer in layers.values():
             hook = layer.module.register_forward_hook(lambda *_: called.append(True))
             stack.callback(hook.remove)
         try:
-            Replay(loaded, StepForward(trainer, step))(module)
+            CalibrationBatch(loaded, StepForward(trainer, step))(module)
             reason = "" if called else "it calls no layer that is to be pruned"
         except Exception as error:  # whatever a step raises on a batch that is none of its own
             reason = f"it raised {type(error).__name__}: {error}"
     changed = [name for name, tensor in own.items() if not torch.equal(tensor, before[name])]
-    mask.swap(module, {name: before[name] for name in changed})
+    masking.assign(module, {name: before[name] for name in changed})
     return reason, changed

@@ -1,25 +1,20 @@
-"""Module ⇄ matrix: which layers can be pruned, their weights as matrices, and what they see as rows."""
+"""Modules as matrices: which layers can be pruned, their weights, and their inputs and outputs as rows."""
 
-from lightning_nettrim.layers.attention import InProjection, OutProjection
-from lightning_nettrim.layers.base import Layer, Linear, Seen, TransposedLinear, eager_name, joined, solve_dtype
-from lightning_nettrim.layers.conv import Conv, ConvTranspose
-from lightning_nettrim.layers.select import LEFT_OUT, matrices, per_layer_options, prunable, refuse_unusable
+from lightning_nettrim.layers.base import Layer, LayerCall, eager_name, joined, solve_dtype
+from lightning_nettrim.layers.registry import layer_type_of, register_layer
+from lightning_nettrim.layers.selection import EXCLUDED_BY_USER, check_model, find_layers, match_options, matrices
 
 __all__ = [
-    "Conv",
-    "ConvTranspose",
-    "InProjection",
-    "LEFT_OUT",
+    "EXCLUDED_BY_USER",
     "Layer",
-    "Linear",
-    "OutProjection",
-    "Seen",
-    "TransposedLinear",
+    "LayerCall",
+    "check_model",
     "eager_name",
+    "find_layers",
     "joined",
+    "layer_type_of",
+    "match_options",
     "matrices",
-    "per_layer_options",
-    "prunable",
-    "refuse_unusable",
+    "register_layer",
     "solve_dtype",
 ]

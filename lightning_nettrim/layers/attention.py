@@ -3,24 +3,48 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nettrim.layers.base import Layer, Seen
+from lightning_nettrim.layers.base import Layer, LayerCall, joined
 
 
 class InProjection(Layer):
     """The queries, keys and values of self-attention: three matrices of one input, side by side."""
+
+    @classmethod
+    def from_module(cls, path: str, module: nn.Module) -> Iterator[tuple[str, Layer | str]]:
+        """The input projection and the `OutProjection` of an ``nn.MultiheadAttention``."""
+        assert isinstance(module, nn.MultiheadAttention)
+        if module.in_proj_weight is None:
+            yield joined(path, "in_proj"), "its queries, keys and values have separate matrices"
+        else:
+            bias = None if module.in_proj_bias is None else "in_proj_bias"
+            projection = cls(path, module, "in_proj_weight", bias)
+            yield projection.name, projection
+        if "weight" not in module.out_proj._parameters:
+            yield joined(path, "out_proj"), "its weight is computed by a hook or a parametrization: remove that first"
+        else:
+            bias = None if module.out_proj.bias is None else "out_proj.bias"
+            last = OutProjection(path, module, "out_proj.weight", bias)
+            yield last.name, last
+
+    @classmethod
+    def submodules(cls, module: nn.Module) -> list[nn.Module]:
+        """The output projection."""
+        assert isinstance(module, nn.MultiheadAttention)
+        return [module.out_proj]
 
     @property
     def inputs(self) -> int:
         """The embedding's size."""
         return self.parameter.shape[1]
 
-    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Seen:
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
         """Rows of the query; the outputs are computed for the rows asked for.
 
         Raises:
@@ -33,10 +57,10 @@ class InProjection(Layer):
                 " ignore this layer"
             )
         bias = None if self.bias is None else self.module.get_parameter(self.bias)
-        return Seen(
+        return LayerCall(
             x.numel() // x.shape[-1],
-            lambda i: self.lay(x, i),
-            lambda i: F.linear(self.lay(x, i), self.parameter, bias).detach(),
+            lambda i: self.take_rows(x, i),
+            lambda i: F.linear(self.take_rows(x, i), self.parameter, bias).detach(),
             None,
             tuple(x.shape[:-1]),
         )
@@ -52,7 +76,7 @@ class OutProjection(Layer):
         """The embedding's size."""
         return self.parameter.shape[1]
 
-    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Seen:
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
         """Rows of the heads' answers and of the output."""
         heads = None
 
@@ -60,11 +84,11 @@ class OutProjection(Layer):
             nonlocal heads
             if heads is None:
                 heads = self._heads(args, kwargs)
-            return self.lay(heads, positions)
+            return self.take_rows(heads, positions)
 
         answer = output[0]
         shape = tuple(answer.shape[:-1])
-        return Seen(math.prod(shape), inputs, lambda i: self.lay(answer, i), answer, shape)
+        return LayerCall(math.prod(shape), inputs, lambda i: self.take_rows(answer, i), answer, shape)
 
     def _heads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """The attention without its last matrix, past any hooks."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 
 @dataclass(frozen=True, eq=False)
-class Seen:
+class LayerCall:
     """One call of a layer, of which only the asked-for positions are ever laid out as rows.
 
     Attributes:
@@ -40,18 +39,41 @@ class Layer(ABC):
         module: whose forward pass is listened to.
         weight: where its weight lies in the module.
         bias: the same of its bias; ``None`` where it has none.
-        partners: the same layer of other modules that have the very same parameters.
+        aliases: the same layer of other modules that have the very same parameters.
     """
 
     path: str
     module: nn.Module
     weight: str = "weight"
     bias: str | None = "bias"
-    partners: tuple[Layer, ...] = ()
+    aliases: tuple[Layer, ...] = ()
+
+    is_plain_matrix: ClassVar[bool] = False
+    """Whether each output row is an input row times the matrix, and nothing else, as for ``nn.Linear``."""
+
+    @classmethod
+    def from_module(cls, path: str, module: nn.Module) -> Iterator[tuple[str, Layer | str]]:
+        """The layers of a module by name, each with the reason instead if it cannot be pruned.
+
+        Args:
+            path: name of the module in the model.
+            module: of a class that this layer type is registered for.
+        """
+        weight = _own_parameter(module, "weight")
+        bias = None if getattr(module, "bias", None) is None else _own_parameter(module, "bias")
+        if weight is None or (bias is None and getattr(module, "bias", None) is not None):
+            yield path, "its weight is computed by a hook: remove weight_norm or spectral_norm from the layer first"
+        else:
+            yield path, cls(path, module, weight, bias)
+
+    @classmethod
+    def submodules(cls, module: nn.Module) -> list[nn.Module]:
+        """Submodules of a module whose parameters belong to its layers, so that they are no layers of their own."""
+        return []
 
     @property
     def name(self) -> str:
-        """The module's, and what of it the weight is."""
+        """Name of the module, followed by the name of the weight if the module has several."""
         return joined(self.path, self.weight.removesuffix("_orig").removesuffix("weight").rstrip("._"))
 
     @property
@@ -74,7 +96,7 @@ class Layer(ABC):
         """The weight, in the module's own form."""
         return self.module.get_parameter(self.weight)
 
-    def names(self, bias: bool = True) -> list[str]:
+    def parameter_names(self, bias: bool = True) -> list[str]:
         """Of its parameters in the model: the weight and, if it is asked for, the bias."""
         own = [self.weight, *([self.bias] if bias and self.bias is not None else [])]
         return [joined(self.path, key) for key in own]
@@ -85,14 +107,14 @@ class Layer(ABC):
         return type(self.module).__name__
 
     @abstractmethod
-    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Seen:
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
         """One call of the module, as its hook gets it."""
 
-    def channels(self, output: Tensor) -> bool:
+    def channels_second(self, output: Tensor) -> bool:
         """Whether the second dimension of the output is that of the layer's outputs."""
         return output.dim() == 2
 
-    def lay(self, output: Tensor, positions: Tensor) -> Tensor:
+    def take_rows(self, output: Tensor, positions: Tensor) -> Tensor:
         """``(n, groups·M)``: rows of a tensor that lies as the output does."""
         return output.detach().reshape(-1, output.shape[-1])[positions.to(output.device)]
 
@@ -108,23 +130,23 @@ class Layer(ABC):
         """``(groups, N, M)`` weights, or ``(groups, N + 1, M)`` with the bias as the last row; a copy."""
         W = self.to_matrix(self._effective(self.weight))
         if self.bias is not None:
-            W = torch.cat([W, self.across(self._effective(self.bias))], -2)
+            W = torch.cat([W, self.per_output(self._effective(self.bias))], -2)
         return W.to(solve_dtype(W.dtype), copy=True)
 
-    def across(self, values: Tensor) -> Tensor:
+    def per_output(self, values: Tensor) -> Tensor:
         """``(groups, 1, M)`` of one value for each output."""
         return values.reshape(self.groups, 1, self.outputs)
 
-    def parameters(self, W: Tensor) -> dict[str, Tensor]:
+    def to_parameters(self, W: Tensor) -> dict[str, Tensor]:
         """The matrices as the module's own parameters, under their names in the model; `matrix` turned round."""
         parts = [self.from_matrix(W[:, : self.inputs]), W[:, -1].reshape(-1)]
-        values = dict(zip(self.names(), parts, strict=False))
+        values = dict(zip(self.parameter_names(), parts, strict=False))
         return values | {_mask(name): (value != 0).to(W.dtype) for name, value in values.items() if _mask(name)}
 
     @property
-    def written(self) -> list[str]:
+    def written_names(self) -> list[str]:
         """Names of all parameters and buffers of the model that `parameters` has values for."""
-        return [*self.names(), *filter(None, map(_mask, self.names()))]
+        return [*self.parameter_names(), *filter(None, map(_mask, self.parameter_names()))]
 
     def _effective(self, key: str) -> Tensor:
         """A parameter as the forward pass uses it, masked where ``torch.nn.utils.prune`` does so."""
@@ -135,51 +157,22 @@ class Layer(ABC):
         """``(N + 1,)``: 1 for the rows of the weight, 0 for the row of a free bias."""
         return torch.cat([like.new_ones(self.inputs), like.new_zeros(1)])
 
-    def rows(self, X: Tensor, ones: bool) -> Tensor:
+    def to_rows(self, X: Tensor, ones: bool) -> Tensor:
         """``(groups, P, N)`` or, with a column of ones, ``(groups, P, N + 1)``, in the solve's dtype."""
         X = X.to(solve_dtype(X.dtype)).unflatten(-1, (self.groups, self.inputs)).movedim(-2, 0)
         return torch.cat([X, X.new_ones(*X.shape[:-1], 1)], -1) if ones else X.contiguous()
 
-    def columns(self, Z: Tensor) -> Tensor:
+    def to_columns(self, Z: Tensor) -> Tensor:
         """``(groups, P, M)`` from ``(P, groups·M)``, in the solve's dtype."""
         Z = Z.to(solve_dtype(Z.dtype)).unflatten(-1, (self.groups, self.outputs))
         return Z.movedim(-2, 0).contiguous()
 
 
-class Linear(Layer):
-    """``nn.Linear``: every position of the leading dimensions is a row."""
-
-    @property
-    def inputs(self) -> int:
-        """Inputs of a neuron."""
-        return self.parameter.shape[1]
-
-    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Seen:
-        """Rows of the input and of the output."""
-        x = args[0] if args else kwargs["input"]
-        shape = tuple(output.shape[:-1])
-        return Seen(math.prod(shape), lambda i: self.lay(x, i), lambda i: self.lay(output, i), output, shape)
-
-
-class TransposedLinear(Linear):
-    """A linear layer whose weight is ``(N, M)``, as ``Conv1D`` of Hugging Face's GPT-2 is."""
-
-    @property
-    def inputs(self) -> int:
-        """Inputs of a neuron."""
-        return self.parameter.shape[0]
-
-    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Seen:
-        """Rows of the input and of the output."""
-        return super().see(args if args else (kwargs["x"],), kwargs, output)
-
-    def to_matrix(self, weight: Tensor) -> Tensor:
-        """``(1, N, M)``."""
-        return weight.unsqueeze(0)
-
-    def from_matrix(self, W: Tensor) -> Tensor:
-        """`to_matrix` turned round."""
-        return W.reshape(self.parameter.shape)
+def _own_parameter(module: nn.Module, key: str) -> str | None:
+    """The name of a parameter, which `torch.nn.utils.prune` changes; ``None`` if it is computed by something else."""
+    if key in module._parameters:
+        return key
+    return f"{key}_orig" if f"{key}_orig" in module._parameters and f"{key}_mask" in module._buffers else None
 
 
 def _mask(name: str) -> str:

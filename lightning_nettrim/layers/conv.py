@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lightning_nettrim.layers.base import Layer, Seen
+from lightning_nettrim.layers.base import Layer, LayerCall
 
 
 class Conv(Layer):
@@ -27,7 +27,7 @@ class Conv(Layer):
         """Channels of a group times the kernel's size."""
         return self.parameter[0].numel()
 
-    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Seen:
+    def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
         """Patches of the input as the kernel walks over it, one for each position of the output."""
         x, layer = args[0] if args else kwargs["input"], self.module
         places = tuple(output.shape[-len(layer.kernel_size) :])
@@ -36,7 +36,7 @@ class Conv(Layer):
         def patches(positions: Tensor) -> Tensor:
             return _patches(walked, positions, places, stride, layer.dilation, layer.kernel_size)
 
-        return Seen(output.numel() // layer.out_channels, patches, lambda i: self.lay(output, i), output)
+        return LayerCall(output.numel() // layer.out_channels, patches, lambda i: self.take_rows(output, i), output)
 
     def _walked(self, x: Tensor, places: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
         """What the kernel walks over to these places, and by what steps: the padded input."""
@@ -44,11 +44,11 @@ class Conv(Layer):
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         return F.pad(x, _sides(layer), mode=mode), layer.stride
 
-    def channels(self, output: Tensor) -> bool:
+    def channels_second(self, output: Tensor) -> bool:
         """Always, where there is a dimension of images."""
         return output.dim() == self.parameter.dim()
 
-    def lay(self, output: Tensor, positions: Tensor) -> Tensor:
+    def take_rows(self, output: Tensor, positions: Tensor) -> Tensor:
         """``(n, channels)`` at positions that count images first, then places."""
         flat = _batched(output.detach(), self.module).flatten(2)  # (images, channels, places)
         positions = positions.to(flat.device)

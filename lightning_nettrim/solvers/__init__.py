@@ -4,9 +4,9 @@ from lightning_nettrim.solvers.admm import ADMM
 from lightning_nettrim.solvers.base import IterativeSolver, Solution, Solver, Status, solve
 from lightning_nettrim.solvers.baselines import Magnitude, SparseGPT, Wanda
 from lightning_nettrim.solvers.cardinality import Cardinality
-from lightning_nettrim.solvers.fewest import fewest
-from lightning_nettrim.solvers.path import path
-from lightning_nettrim.solvers.refit import refit
+from lightning_nettrim.solvers.epsilon_search import sparsest_within
+from lightning_nettrim.solvers.path import solve_path
+from lightning_nettrim.solvers.refitting import refit
 
 __all__ = [
     "ADMM",
@@ -18,8 +18,8 @@ __all__ = [
     "SparseGPT",
     "Status",
     "Wanda",
-    "fewest",
-    "path",
+    "sparsest_within",
+    "solve_path",
     "refit",
     "solve",
 ]

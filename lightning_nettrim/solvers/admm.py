@@ -1,4 +1,4 @@
-"""ADMM for the convex Net-Trim program, at a radius ε or at a sparsity reached by searching ε."""
+"""ADMM for the convex Net-Trim program, at a radius ε or at a sparsity, for which ε is searched."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_nettrim.problem import LayerProblem
-from lightning_nettrim.prox import project_pattern, reflect_relu_ball, soft_threshold
+from lightning_nettrim.core.blocks import input_blocks
+from lightning_nettrim.core.certificate import dual_bound, violation_and_price
+from lightning_nettrim.core.problem import LayerProblem
+from lightning_nettrim.core.prox import project_pattern, reflect_relu_ball, soft_threshold
+from lightning_nettrim.core.reductions import norm, reduce_over
+from lightning_nettrim.core.streaming import compress, gram, row_blocks
 from lightning_nettrim.solvers.base import Certificate, IterativeSolver, Solution, coarse_products, iterate
-from lightning_nettrim.sums import norm, over
 
 
 class ADMMState(NamedTuple):
-    """Copies Z = XW and S = W with scaled duals U₁, U₂, kept as what the steps read; C is Y on Ω and V elsewhere."""
+    """Copies Z = XW and S = W with scaled duals U₁, U₂, stored in combinations that a step uses; C is the center."""
 
     W: Tensor  # (B, N, M)
     S: Tensor  # (B, N, M)
@@ -24,8 +27,8 @@ class ADMMState(NamedTuple):
     R: Tensor  # (B, P, M) XW − C
     D: Tensor  # (B, P, M) Z − U₁ − C
     G: Tensor  # (B, P, M) D − 2(Z − C), so that Z − C = (D − G)/2 and U₁ = −(D + G)/2
-    E: Tensor  # (B, P, M) work
-    F: Tensor  # (B, P, M) with products in TF32: G + R, of which g is the image; else (B, 0, 0)
+    E: Tensor  # (B, P, M) intermediate values
+    F: Tensor  # (B, P, M) with tf32: the G + R from which g was computed; else empty
     tau: Tensor  # (B, 1, 1) soft threshold 1/(ρκ), in the units of W
     kappa: Tensor  # (B, N, 1) weight of the split S = W, 0 on free rows
     inverse: Tensor  # (B, N, N) (XᵀX + κ)⁻¹
@@ -35,21 +38,22 @@ class ADMMState(NamedTuple):
 class ADMM(IterativeSolver):
     """The convex Net-Trim program by over-relaxed ADMM, certified by its duality gap.
 
-    Two products with X per step, in buffers that are allocated once: four of the size of Y beside Y itself (five with
-    ``tf32``), and six of the size of W, two of them within a step only. The steps move W by increments and the
-    residuals are renewed at each look at the certificate, so that rounding does not pile up. The factor does not
-    depend on ρ, so a new ρ is free; ρ is moved until the violation and the duality gap, each over its tolerance, fall
-    together. Free rows (the bias) are eliminated, not split, which centres the inputs. A linear response is compressed
-    to N + 1 rows first. At a ``sparsity`` the radius is searched, the support then cut or filled to the exact count.
+    A step takes two products with X, in buffers that are allocated once: four of the size of Y in addition to Y itself
+    (five with ``tf32``), and six of the size of W, two of them only within a step. A step updates W and the residuals
+    by increments; the residuals are recomputed at each evaluation of the certificate, so that rounding errors do not
+    accumulate. The factor (XᵀX + κ)⁻¹ does not depend on ρ, so that a change of ρ costs nothing; ρ is adapted until
+    violation and duality gap, relative to their tolerances, decrease together. Free rows (the bias) are eliminated, not
+    split, which centers the inputs. A problem with a linear response is first compressed to N + 1 rows. At a
+    ``sparsity``, the radius is searched and the support is then cut or filled to the exact number of nonzeros.
 
     Args:
-        max_steps: steps at most.
+        max_steps: maximum number of steps.
         rtol: relative duality gap to reach.
         atol: violation to reach, as a fraction of ε.
-        check_every: steps between two looks at the certificate.
+        check_every: number of steps between two evaluations of the certificate.
         relaxation: over-relaxation α in (0, 2).
-        tf32: let the float32 products of a step use faster formats, TF32 on CUDA, what torch calls "medium" on the
-            CPU; the residuals are renewed and the certificate is taken in full precision.
+        tf32: allow faster float32 formats for the products of a step: TF32 on CUDA, torch's "medium" precision on the
+            CPU. Residuals are recomputed and certificates evaluated in full precision.
 
     References:
         Aghasi, Abdi, Romberg 2020, Section 4; Boyd et al., "Distributed Optimization ... ADMM", 2011, Section 3.4.
@@ -59,29 +63,30 @@ class ADMM(IterativeSolver):
     tf32: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse numbers that cannot be meant."""
+        """Check the numbers."""
         super().__post_init__()
         if not 0 < self.relaxation < 2:
             raise ValueError(f"ADMM.relaxation: expected a number in (0, 2), got {self.relaxation}")
 
     def solve(self, problem: LayerProblem, warm: ADMMState | None = None) -> Solution:
-        """Solve at the problem's radius, or at its sparsity where one is set; a warm start is for radii only."""
+        """Solve at the problem's radius or, if it is set, at its sparsity; the warm start is used for a radius only."""
         if problem.sparsity is None:
-            return iterate(problem.compressed(), self, warm)
-        return self._at_sparsity(problem.compressed())
+            return iterate(compress(problem), self, warm)
+        return self._at_sparsity(compress(problem))
 
     def init(self, problem: LayerProblem, warm: ADMMState | None = None) -> ADMMState:
-        """Start from the free rows alone, below the optimum as the dual is, or go on from a neighbouring radius.
+        """The initial state, with all penalized weights zero, or the given state of another radius.
 
-        From the trained weights, far above the optimum, the objective is still too large when all else is done.
+        From zero the objective approaches the optimum from below, as the dual bound does. From the trained weights it
+        would approach from far above, and be the last quantity to converge.
         """
         if warm is not None:
             return warm
-        penalised = problem.weights > 0
-        kappa, inverse = _factor(problem, penalised.squeeze(-1))
-        S = torch.where(penalised, 0, problem.W)
-        size = problem.objective(problem.W)[..., None, None] / (penalised.sum() * S.shape[-1])
-        tau = 0.15 * torch.where(size > 0, size, 1)
+        penalized = problem.lambdas > 0
+        kappa, inverse = _factor(problem, penalized.squeeze(-1))
+        S = torch.where(penalized, 0, problem.W)
+        mean_weight = problem.objective(problem.W)[..., None, None] / (penalized.sum() * S.shape[-1])
+        tau = 0.15 * torch.where(mean_weight > 0, mean_weight, 1)
         D = torch.empty_like(problem.Y)
         G, R, E = torch.empty_like(D), torch.empty_like(D), torch.empty_like(D)
         _residual(problem, S, R)
@@ -92,17 +97,17 @@ class ADMM(IterativeSolver):
         return ADMMState(S.clone(), S, S.clone(), torch.empty_like(S), R, D, G, E, F, tau, kappa, inverse)
 
     def step(self, problem: LayerProblem, state: ADMMState) -> ADMMState:
-        """One round of W, Z, S and both duals."""
+        """Update W, Z, S and both duals once."""
         W, S, T, g, R, D, G, E, F, tau, kappa, inverse = state
         alpha = self.relaxation
         with coarse_products(self.tf32):
-            move = torch.bmm(inverse, torch.sub(S, T).add_(S).sub_(W).mul_(kappa).add_(g))  # W-update
-            W += move
-            for rows, X in problem.inputs():
-                R[:, rows].baddbmm_(X, move)
-            D.lerp_(G, alpha / 2).add_(R, alpha=alpha)  # over-relaxed XW − U₁, the dual ascent of Z included
+            increment = torch.bmm(inverse, torch.sub(S, T).add_(S).sub_(W).mul_(kappa).add_(g))  # W-update
+            W += increment
+            for rows, X in input_blocks(problem.X, problem.Y.device):
+                R[:, rows].baddbmm_(X, increment)
+            D.lerp_(G, alpha / 2).add_(R, alpha=alpha)  # over-relaxed XW − U₁, with the dual ascent of Z
             _reflect(problem, D, G, E)  # Z-update
-            if self.tf32:  # the product of the change alone, in which a coarse rounding does no harm
+            if self.tf32:  # the product of the change only, for which the lower precision suffices
                 change = F.sub_(torch.add(G, R, out=E))
                 _adjoint(problem, change, g, beta=1)
                 F.copy_(E)
@@ -110,26 +115,26 @@ class ADMM(IterativeSolver):
                 _adjoint(problem, torch.add(G, R, out=E).neg_(), g)
         relaxed = torch.where(kappa > 0, alpha, 1.0).to(W)
         T.addcmul_(relaxed, W).addcmul_(relaxed, S, value=-1)  # over-relaxed W − U₂
-        soft_threshold(T, tau * problem.weights, out=S)  # S-update
+        soft_threshold(T, tau * problem.lambdas, out=S)  # S-update
         return state
 
     def certify(self, problem: LayerProblem, state: ADMMState) -> Certificate:
-        """The sparse copy S, and the bound of ν = ρU₁."""
+        """The sparse copy S, and the lower bound from ν = ρU₁."""
         kappa = state.kappa.amax(-2, keepdim=True)
         nu = torch.add(state.D, state.G, out=state.E).mul_(-0.5 / (kappa * state.tau))
-        violation, worth = problem.infeasibility(state.S, nu)
-        return Certificate(state.S, problem.objective(state.S), problem.bound(nu), violation, worth)
+        violation, price = violation_and_price(problem, state.S, nu)
+        return Certificate(state.S, problem.objective(state.S), dual_bound(problem, nu), violation, price)
 
     def adapt(self, problem: LayerProblem, state: ADMMState, lag: Tensor | None) -> ADMMState:
-        """Take the state's residuals afresh, and move ρ = 1/(κτ) until what is missing balances what still moves.
+        """Recompute the residuals and adapt ρ = 1/(κτ) to balance the primal residual and the increments.
 
-        The balance leans, by a factor of ten at most, towards the side of the certificate that lags, and always by four
-        towards the primal one: the dual one keeps the best that it has been.
+        The balance is weighted, by a factor of at most ten, in favor of the side of the certificate that lags, and by
+        another factor of four in favor of the primal side: of the dual bounds, the best so far is kept.
         """
         if lag is not None:
-            lean = lag.sqrt().nan_to_num(1.0).clamp(0.1, 10.0)[..., None, None]
-            factor = (4 * lean * self._balance(problem, state)).sqrt().nan_to_num(1.0).clamp(0.5, 2.0)
-            state = self.penalise(state, torch.where((factor > 1.6) | (factor < 1 / 1.6), factor, 1))
+            weight = lag.sqrt().nan_to_num(1.0).clamp(0.1, 10.0)[..., None, None]
+            factor = (4 * weight * self._balance(problem, state)).sqrt().nan_to_num(1.0).clamp(0.5, 2.0)
+            state = self.penalize(state, torch.where((factor > 1.6) | (factor < 1 / 1.6), factor, 1))
         _residual(problem, state.W, state.R)
         _adjoint(problem, torch.add(state.G, state.R, out=state.E).neg_(), state.g)
         if self.tf32:
@@ -137,21 +142,22 @@ class ADMM(IterativeSolver):
         return state
 
     def _balance(self, problem: LayerProblem, state: ADMMState) -> Tensor:
-        """``(B, 1, 1)``: the primal residual over the copies' size, over the coming move over the duals' size."""
+        """``(B, 1, 1)``: primal residual relative to the copies, over the next increment relative to the duals."""
         W, S, T, g, R, D, G, E, _, _, kappa, inverse = state
         root, U = kappa.sqrt(), S - T
         torch.sub(D, G, out=E).mul_(-0.5).add_(R)  # XW − Z
-        spread = problem.ranks.norm
-        primal = torch.hypot(spread(norm(E)), norm(root * (W - S)))
-        primal = primal / torch.hypot(spread(norm(problem.Y)), norm(root * S))
-        slope = g + kappa * (S + U - W)
-        move = over((-2, -1), torch.sum, slope * torch.bmm(inverse, slope)).clamp(min=0).sqrt()
+        total = problem.processes.norm
+        primal = torch.hypot(total(norm(E)), norm(root * (W - S)))
+        primal = primal / torch.hypot(total(norm(problem.Y)), norm(root * S))
+        b = g + kappa * (S + U - W)
+        increment = reduce_over((-2, -1), torch.sum, b * torch.bmm(inverse, b)).clamp(min=0).sqrt()
         torch.add(D, G, out=E).mul_(-0.5)  # U₁
-        return primal / (move / torch.hypot(spread(norm(E)), norm(root * U)))
+        return primal / (increment / torch.hypot(total(norm(E)), norm(root * U)))
 
-    def penalise(self, state: ADMMState, factor: Tensor) -> ADMMState:
-        """ρ multiplied by the factor, ``(B, 1, 1)``; the scaled duals shrink by as much, Z and S stay."""
+    def penalize(self, state: ADMMState, factor: Tensor) -> ADMMState:
+        """Multiply ρ by a factor, ``(B, 1, 1)``, and divide the scaled duals by it; Z and S are unchanged."""
         S, T, D, G, E = state.S, state.T, state.D, state.G, state.E
+        # U₁ = −(D + G)/2 is divided, Z − C = (D − G)/2 is not
         same, other = (1 / factor + 1) / 2, (1 / factor - 1) / 2
         torch.mul(D, other, out=E)
         D.mul_(same).addcmul_(G, other)
@@ -160,79 +166,80 @@ class ADMM(IterativeSolver):
         return state._replace(tau=state.tau / factor)
 
     def _at_sparsity(self, problem: LayerProblem) -> Solution:
-        """Search log ε for the number of non-zeros, solve there, and cut or fill the support to the exact count."""
-        k, size = problem.nonzeros, problem.prunable
-        response = problem.ranks.norm(torch.linalg.matrix_norm(problem.Y))
+        """Search log ε for the number of nonzeros, solve there, and cut or fill the support to the exact number."""
+        k, size = problem.nonzeros, problem.num_prunable
+        response = problem.processes.norm(torch.linalg.matrix_norm(problem.Y))
         response = torch.where(response > 0, response, 1)
         floor = 1e-3 * response
         if problem.epsilon is not None:
             floor = torch.maximum(floor, torch.linalg.matrix_norm(problem.radius))
-        loose = replace(self, rtol=10 * self.rtol, atol=10 * self.atol)
+        coarse = replace(self, rtol=10 * self.rtol, atol=10 * self.atol)
         epsilon = torch.maximum((0.01 + 0.4 * (1 - k / size) ** 6) * response, floor)
-        low, high = floor.clone(), torch.full_like(floor, torch.inf)  # radii that keep too much, too little
+        low, high = floor.clone(), torch.full_like(floor, torch.inf)  # too many nonzeros at low, too few at high
         count_low, count_high = torch.full_like(response, float(size)), torch.zeros_like(response)
-        best, state = epsilon.clone(), None
+        last, state = epsilon.clone(), None
         for _ in range(10):
-            solution = iterate(replace(problem, epsilon=epsilon, sparsity=None), loose, state)
+            solution = iterate(replace(problem, epsilon=epsilon, sparsity=None), coarse, state)
             state = solution.state
-            count = ((solution.W != 0) & (problem.weights > 0)).sum((-2, -1)).to(response)
-            best = epsilon
+            count = ((solution.W != 0) & (problem.lambdas > 0)).sum((-2, -1)).to(response)
+            last = epsilon
             enough = count >= k
             done = (enough & (count <= 1.02 * k + 1)) | (~enough & (epsilon <= floor))
             if bool(done.all()):
                 break
             low, count_low = torch.where(enough, epsilon, low), torch.where(enough, count, count_low)
             high, count_high = torch.where(enough, high, epsilon), torch.where(enough, count_high, count)
-            # between both ends as the counts suggest (they fall about exponentially), else by the count's own ratio
-            inside = (count_low / (1.01 * k)).log() / (count_low / count_high.clamp(min=0.5)).log()
-            between = low * (high / low) ** inside.clamp(0.1, 0.9)
-            beyond = epsilon * (count.clamp(min=0.5) / (1.01 * k)).sqrt().clamp(0.4, 2.5)
-            proposal = torch.where(torch.isfinite(high) & (low > floor), between, beyond).clamp(min=floor)
+            # interpolate log counts in log ε if both ends are known, else extrapolate from the last count
+            fraction = (count_low / (1.01 * k)).log() / (count_low / count_high.clamp(min=0.5)).log()
+            interpolated = low * (high / low) ** fraction.clamp(0.1, 0.9)
+            extrapolated = epsilon * (count.clamp(min=0.5) / (1.01 * k)).sqrt().clamp(0.4, 2.5)
+            bracketed = torch.isfinite(high) & (low > floor)
+            proposal = torch.where(bracketed, interpolated, extrapolated).clamp(min=floor)
             epsilon = torch.where(done, epsilon, proposal)
-        solution = iterate(replace(problem, epsilon=best, sparsity=None), self, state)
+        solution = iterate(replace(problem, epsilon=last, sparsity=None), self, state)
         return replace(solution, W=project_pattern(problem, solution.W))
 
 
 def _residual(problem: LayerProblem, W: Tensor, R: Tensor) -> None:
     """R ← XW − C, in full precision."""
-    for rows, part in problem.blocks():
-        R[:, rows] = torch.baddbmm(part.centre, part.X, W, beta=-1)
+    for rows, part in row_blocks(problem):
+        R[:, rows] = torch.baddbmm(part.center, part.X, W, beta=-1)
 
 
 def _reflect(problem: LayerProblem, D: Tensor, G: Tensor, E: Tensor) -> None:
-    """G ← D − 2(Z − C), Z − C the projection of D onto the constraints; E is work."""
-    floors = problem.floors if problem.bounded else None
+    """G ← D − 2(Z − C), where Z − C is the projection of D onto the constraints; E is overwritten."""
+    lower_limits = problem.at_upper_bound if problem.has_upper_bound else None
     reflect_relu_ball(
-        D, problem.radius, problem.Omega, problem.balls, floors, ranks=problem.ranks, out=G, work=E
+        D, problem.radius, problem.Omega, problem.ball_dims, lower_limits, processes=problem.processes, out=G, work=E
     )  # fmt: skip
 
 
 def _adjoint(problem: LayerProblem, E: Tensor, g: Tensor, beta: int = 0) -> None:
-    """In place, g ← βg + XᵀE."""
-    share = beta / problem.ranks.count  # of g, which every process adds
-    for rows, X in problem.inputs():
+    """In place, g ← βg + XᵀE over the rows of all processes."""
+    share = beta / problem.processes.count  # the sum contains the g of every process
+    for rows, X in input_blocks(problem.X, problem.Y.device):
         g.baddbmm_(X.mT, E[:, rows], beta=share)
         share = 1
-    g.copy_(problem.ranks.sum(g))
+    g.copy_(problem.processes.sum(g))
 
 
-def _factor(problem: LayerProblem, penalised: Tensor) -> tuple[Tensor, Tensor]:
-    """κ, ``(B, N, 1)``, the mean energy of the penalised inputs, and (XᵀX + κ)⁻¹."""
-    H = problem.gram()
-    energy = _mean_energy(H, penalised)
-    kappa = torch.where(penalised.unsqueeze(-1), energy, 0)
-    # a trace of damping, which a proximal W-update allows, for free rows that are nothing or one another
-    H.diagonal(dim1=-2, dim2=-1).add_(torch.where(penalised, energy[..., 0], 1e-6 * energy[..., 0]))
+def _factor(problem: LayerProblem, penalized: Tensor) -> tuple[Tensor, Tensor]:
+    """κ, ``(B, N, 1)``: the mean energy of the penalized inputs, 0 on free rows; and (XᵀX + κ)⁻¹, ``(B, N, N)``."""
+    H = gram(problem)
+    energy = _mean_energy(H, penalized)
+    kappa = torch.where(penalized.unsqueeze(-1), energy, 0)
+    # small damping, a proximal term of the W-update, for free rows that are zero or linearly dependent
+    H.diagonal(dim1=-2, dim2=-1).add_(torch.where(penalized, energy[..., 0], 1e-6 * energy[..., 0]))
     inverse = torch.stack([torch.cholesky_inverse(torch.linalg.cholesky_ex(h).L) for h in H])
     return kappa.to(problem.W), inverse.to(problem.W)
 
 
-def _mean_energy(H: Tensor, penalised: Tensor) -> Tensor:
-    """``(B, 1, 1)``: mean diagonal of H over the penalised rows, once the free rows are eliminated."""
-    diagonal = H.diagonal(dim1=-2, dim2=-1)[..., penalised]
-    if not bool(penalised.all()):
-        F = H[..., ~penalised, :]
-        B = F[..., penalised]
-        diagonal = diagonal - (B * (torch.linalg.pinv(F[..., ~penalised], hermitian=True) @ B)).sum(-2)
+def _mean_energy(H: Tensor, penalized: Tensor) -> Tensor:
+    """``(B, 1, 1)``: mean diagonal of H over the penalized rows after elimination of the free rows."""
+    diagonal = H.diagonal(dim1=-2, dim2=-1)[..., penalized]
+    if not bool(penalized.all()):
+        F = H[..., ~penalized, :]
+        B = F[..., penalized]
+        diagonal = diagonal - (B * (torch.linalg.pinv(F[..., ~penalized], hermitian=True) @ B)).sum(-2)
     energy = diagonal.mean(-1).clamp(min=0)
     return torch.where(energy > 0, energy, 1)[..., None, None]

@@ -12,8 +12,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_nettrim.problem import LayerProblem
-from lightning_nettrim.sums import norm
+from lightning_nettrim.core.certificate import duality_gap, violation
+from lightning_nettrim.core.problem import LayerProblem
+from lightning_nettrim.core.reductions import norm
+from lightning_nettrim.core.validation import validate
 
 
 class Status(IntEnum):
@@ -27,22 +29,24 @@ class Status(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """An answer and its certificate; every field but ``W`` and ``state`` is shaped like the problem's batch.
+    """The result of a solver; every field except ``W`` and ``state`` has the shape of the problem's batch.
+
+    The fields of the certificate are NaN, and the status is ``None``, for methods that give no certificate.
 
     Attributes:
-        W: ``(*batch, N, M)`` sparse weights.
-        status: ``Status`` values as int64.
+        W: ``(*batch, N, M)`` sparse weights; NaN or Inf where the method has failed.
+        status: `Status` values as int64; ``None`` for methods without a certificate.
         steps: number of steps taken.
-        objective: Σ λ|W| of the convex program's answer; NaN for methods without one.
-        bound: lower bound of the optimum from a dual feasible point; NaN for methods without one.
-        gap: relative duality gap between both; NaN for methods without one.
-        violation: of the constraints by the convex program's answer, relative to ε; NaN for methods without one.
-        epsilon: radius of the program that was solved; NaN for methods without one.
-        state: the solver's own state, a warm start for a neighbouring problem on the same X.
+        objective: Σ λ|W| of the solution of the convex program.
+        bound: lower bound of the optimum, from a dual feasible point.
+        gap: relative duality gap between objective and bound.
+        violation: of the constraints of the convex program, relative to ε.
+        epsilon: radius of the program that was solved.
+        state: the solver's own state, a warm start for other budgets on the same inputs.
     """
 
     W: Tensor
-    status: Tensor
+    status: Tensor | None
     steps: Tensor
     objective: Tensor
     bound: Tensor
@@ -52,57 +56,71 @@ class Solution:
     state: Any = None
 
     @classmethod
-    def uncertified(cls, W: Tensor, status: Tensor | None = None, steps: int = 0, state: Any = None) -> Solution:
-        """The answer of a method without objective and certificate; CONVERGED if no status is given."""
-        batch = W.shape[:-2]
-        if status is None:
-            status = torch.full(batch, int(Status.CONVERGED), device=W.device)
-        unknown = W.new_full(batch, torch.nan)
-        return cls(W, status, torch.full_like(status, steps), unknown, unknown, unknown, unknown, unknown, state)
+    def uncertified(cls, W: Tensor, steps: int = 0, state: Any = None) -> Solution:
+        """The result of a method without objective and certificate."""
+        unknown = W.new_full(W.shape[:-2], torch.nan)
+        taken = torch.full(W.shape[:-2], steps, device=W.device)
+        return cls(W, None, taken, unknown, unknown, unknown, unknown, unknown, state)
 
 
 @dataclass(frozen=True)
 class Solver(ABC):
-    """A method that turns a `LayerProblem` into a `Solution`: numbers only, so that YAML can write it.
+    """A method that turns a `LayerProblem` into a `Solution`: a frozen dataclass of numbers that YAML can define.
 
-    ``convex`` says that it solves the program with a radius, of which the trained weights must be feasible; the others
-    take a sparsity. ``behind`` says that it is given the layer behind the BatchNorm that follows it, and what others
-    add to it; the others see the layer's own weights and inputs.
+    Class attributes declare its capabilities; callers read these and never the type.
+
+    Attributes:
+        takes_epsilon: it solves problems with an ``epsilon``, of which the trained weights must be feasible. Every
+            solver solves problems with a ``sparsity``.
+        certifies: its solutions have a status, a lower bound and a duality gap.
+        uses_folded_layer: it is given the weights with the BatchNorm that follows folded into them, and the residual
+            that is added. Otherwise it is given the layer's own weights and inputs.
+        state_depends_on_inputs_only: the state of a solution depends on X alone, so that it can be reused for any other
+            budget or responses on the same inputs.
+        minimizes_distance: it minimizes the distance to the responses, so that weighting the outputs has an effect.
     """
 
-    convex: ClassVar[bool] = False
-    behind: ClassVar[bool] = True
+    takes_epsilon: ClassVar[bool] = False
+    certifies: ClassVar[bool] = False
+    uses_folded_layer: ClassVar[bool] = True
+    state_depends_on_inputs_only: ClassVar[bool] = False
+    minimizes_distance: ClassVar[bool] = False
 
     @abstractmethod
     def solve(self, problem: LayerProblem, warm: Any = None) -> Solution:
-        """Solve a valid problem; never prints, warns or raises for want of convergence: the status says it.
+        """Solve a validated problem.
 
-        ``warm`` is the ``state`` of a solution for the same X, by the same solver.
+        A solver does not print, warn or raise if it does not converge; status and weights tell.
+
+        Args:
+            problem: with a ``sparsity`` or, if the solver takes one, an ``epsilon``.
+            warm: ``state`` of a solution by the same solver for the same X.
         """
 
 
 class Certificate(NamedTuple):
-    """What an iterative solver has to show at a check; each but ``W`` shaped like the batch."""
+    """The current solution of an iterative solver with its bounds; each except ``W`` has the shape of the batch."""
 
     W: Tensor
     objective: Tensor
     bound: Tensor
     violation: Tensor
-    worth: Tensor  # of the violation, in the units of the objective
+    price: Tensor  # of the violation, in the units of the objective
 
 
 @dataclass(frozen=True)
 class IterativeSolver(Solver):
-    """A solver that steps until the violation of its sparse answer and its relative duality gap are small.
+    """A solver that iterates until the violation of its sparse solution and its relative duality gap are small.
 
     Args:
-        max_steps: steps at most.
+        max_steps: maximum number of steps.
         rtol: relative duality gap to reach.
         atol: violation to reach, as a fraction of ε.
-        check_every: steps between two looks at the certificate.
+        check_every: number of steps between two evaluations of the certificate.
     """
 
-    convex: ClassVar[bool] = True
+    takes_epsilon: ClassVar[bool] = True
+    certifies: ClassVar[bool] = True
 
     max_steps: int = 4000
     rtol: float = 1e-3
@@ -110,53 +128,52 @@ class IterativeSolver(Solver):
     check_every: int = 25
 
     def __post_init__(self) -> None:
-        """Refuse numbers that cannot be meant."""
+        """Check the numbers."""
         for name in ("max_steps", "rtol", "atol", "check_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{type(self).__name__}.{name}: expected > 0, got {getattr(self, name)}")
 
     @abstractmethod
     def init(self, problem: LayerProblem, warm: Any = None) -> Any:
-        """The first state of a flat batch, on its own or from a neighbouring problem's last state."""
+        """The initial state of a flat batch, or a warm start from the last state of a similar problem."""
 
     @abstractmethod
     def step(self, problem: LayerProblem, state: Any) -> Any:
-        """One iteration, in the state's own buffers, without host synchronisation."""
+        """One iteration, in the state's own buffers, without host synchronization."""
 
     @abstractmethod
     def certify(self, problem: LayerProblem, state: Any) -> Certificate:
-        """The answer that the state holds and its certificate."""
+        """The solution that the state holds and its certificate."""
 
     @abstractmethod
     def adapt(self, problem: LayerProblem, state: Any, lag: Tensor | None) -> Any:
-        """The state, free of accumulated rounding, with its penalties moved unless there is no lag to go by.
+        """The state without accumulated rounding errors, with adapted penalty parameters if a lag is given.
 
-        ``lag``, ``(batch)``, is how far the primal side (the violation, its worth) is from its tolerance over how far
-        the bound is from its own.
+        ``lag``, ``(batch)``, is the ratio of how far the primal side (the violation and its price) and the dual side
+        (the bound) are from their tolerances.
         """
 
     def solve(self, problem: LayerProblem, warm: Any = None) -> Solution:
-        """Iterate until the certificate is good enough."""
+        """Iterate until the certificate is within tolerance."""
         return iterate(problem, self, warm)
 
 
 def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None, *, adaptive: bool = True) -> Solution:
-    """The one loop: step, look at the certificate every ``check_every`` steps, let go of what is finished.
+    """Run the steps of a solver, evaluate the certificate every ``check_every`` steps, drop finished problems.
 
-    The penalties move in the first half of ``max_steps`` only (never unless ``adaptive``): convergence is proved for
-    fixed ones.
+    The penalty parameters are adapted in the first half of ``max_steps`` only (never unless ``adaptive``):
+    convergence is proved for fixed ones.
 
-    A problem is CONVERGED when its violation and its gap are within tolerance, and what its violation can have bought,
-    at the prices of the moment, within half of it: the optimum is then at most ``rtol`` below its objective and, to
-    first order, above it. Any lower bound ever shown holds, so the best one counts. Until the first look at a
-    certificate the answer is the trained weights. A program is called INFEASIBLE once its lower bound exceeds a
-    thousand times the norms of the trained weights and of the current answer while the constraints are still
-    violated: no feasible program comes near that.
+    A problem is CONVERGED when its violation and its gap are within tolerance and the price of its violation is within
+    half of the tolerance of the gap: the optimum is then at most ``rtol`` below its objective and, to first order, at
+    most ``rtol`` above it. The best lower bound of all evaluations is kept. Before the first evaluation the solution
+    is the trained weights. A program is INFEASIBLE if its lower bound exceeds a thousand times the norms of the
+    trained weights and of the current solution while the constraints are still violated.
     """
     shape = problem.batch
-    whole = problem = problem.flat()
+    whole = problem = problem.flattened()
     state = solver.init(problem, warm)
-    W, objective, violation = problem.W.clone(), problem.objective(problem.W), problem.violation(problem.W)
+    W, objective, excess = problem.W.clone(), problem.objective(problem.W), violation(problem, problem.W)
     bound, trained = solver.certify(problem, state).bound, objective.clone()
     status = torch.full_like(objective, Status.MAX_STEPS, dtype=torch.int64)
     steps = torch.full_like(status, solver.max_steps)
@@ -170,15 +187,15 @@ def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None, *,
         now = solver.certify(problem, state)
         lost = ~torch.isfinite(now.objective + now.violation)
         best = torch.where(now.bound > bound[left], now.bound, bound[left])
-        gap = problem.duality_gap(now.objective, best)
-        bought = problem.duality_gap(now.objective + now.worth, now.objective)
-        primal = torch.maximum(now.violation / solver.atol, 2 * bought / solver.rtol)
+        gap = duality_gap(problem, now.objective, best)
+        price = duality_gap(problem, now.objective + now.price, now.objective)
+        primal = torch.maximum(now.violation / solver.atol, 2 * price / solver.rtol)
         solved = (primal <= 1) & (gap >= 0) & (gap <= solver.rtol) & ~lost
         beyond = best > 1e3 * torch.maximum(trained[left], now.objective)
         infeasible = beyond & (now.violation > solver.atol) & ~lost
         kept = left[~lost]
-        for held, value in zip((W, objective, bound, violation), now._replace(bound=best)[:4], strict=True):
-            held[kept] = value[~lost]
+        for best_known, value in zip((W, objective, bound, excess), now._replace(bound=best)[:4], strict=True):
+            best_known[kept] = value[~lost]
         for flag, name in ((solved, Status.CONVERGED), (infeasible, Status.INFEASIBLE), (lost, Status.NONFINITE)):
             status[left[flag]] = int(name)
         done = solved | infeasible | lost
@@ -187,22 +204,22 @@ def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None, *,
             break
         lag = primal / (gap.clamp(min=0) / solver.rtol)
         if bool(done.any()):
-            finished.append((left[done], _members(state, done)))
-            left, lag, state, problem = left[~done], lag[~done], _members(state, ~done), problem.take(~done)
+            finished.append((left[done], _subset(state, done)))
+            left, lag, state, problem = left[~done], lag[~done], _subset(state, ~done), problem.subset(~done)
         moving = adaptive and step <= solver.max_steps // 2
         state = solver.adapt(problem, state, lag if moving else None)
-    state = _together([*finished, (left, state)])
-    gap, epsilon = whole.duality_gap(objective, bound), norm(whole.radius)[..., 0, 0]
+    state = _merged([*finished, (left, state)])
+    gap, epsilon = duality_gap(whole, objective, bound), norm(whole.radius)[..., 0, 0]
     W = W.reshape(shape + W.shape[1:])
-    status, steps, objective, bound, gap, violation, epsilon = (
-        t.reshape(shape) for t in (status, steps, objective, bound, gap, violation, epsilon)
+    status, steps, objective, bound, gap, excess, epsilon = (
+        t.reshape(shape) for t in (status, steps, objective, bound, gap, excess, epsilon)
     )
-    return Solution(W, status, steps, objective, bound, gap, violation, epsilon, state)
+    return Solution(W, status, steps, objective, bound, gap, excess, epsilon, state)
 
 
 @contextmanager
 def coarse_products(allowed: bool) -> Iterator[None]:
-    """Float32 products in TF32, or in what the CPU has of that kind, within."""
+    """A `with` in which float32 matrix products may use TF32 or, on the CPU, torch's "medium" precision."""
     before = torch.get_float32_matmul_precision()
     if allowed:
         torch.set_float32_matmul_precision("medium")
@@ -213,13 +230,13 @@ def coarse_products(allowed: bool) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-def _members(state: Any, which: Tensor) -> Any:
-    """The state of some members of a batch."""
+def _subset(state: Any, which: Tensor) -> Any:
+    """The state of a subset of the batch."""
     return type(state)(*(t[which] for t in state))
 
 
-def _together(parts: list[tuple[Tensor, Any]]) -> Any:
-    """One state of all members, in their order, from those of disjoint groups."""
+def _merged(parts: list[tuple[Tensor, Any]]) -> Any:
+    """The state of the whole batch, in order, from those of disjoint subsets."""
     if len(parts) == 1:
         return parts[0][1]
     order = torch.cat([index for index, _ in parts]).argsort()
@@ -227,19 +244,19 @@ def _together(parts: list[tuple[Tensor, Any]]) -> Any:
 
 
 def solve(problem: LayerProblem, solver: Solver, warm: Any = None) -> Solution:
-    """Check the problem once and solve it, without gradients.
+    """Validate a problem and solve it, without gradients.
 
     Args:
-        problem: the layer's program.
+        problem: the problem of a layer.
         solver: the method.
-        warm: ``state`` of the same solver's solution of another problem with the same X.
+        warm: ``state`` of a solution by the same solver of another problem with the same X.
 
     Returns:
         The sparse weights with their certificate.
 
     Raises:
-        ValueError: if the problem is malformed; never for want of convergence.
+        ValueError: if the problem is malformed. A solve that does not converge raises nothing.
     """
     with torch.no_grad():
-        problem = problem.validate()
+        problem = validate(problem)
         return solver.solve(problem) if warm is None else solver.solve(problem, warm)

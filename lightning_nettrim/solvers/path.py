@@ -1,4 +1,4 @@
-"""One layer at many radii: the whole curve of sparsity against error, each point started from its neighbours."""
+"""Solution path: one layer at a sequence of radii, each solve with a warm start from the previous ones."""
 
 from __future__ import annotations
 
@@ -8,49 +8,53 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lightning_nettrim.problem import LayerProblem
+from lightning_nettrim.core.problem import LayerProblem
+from lightning_nettrim.core.reductions import norm
+from lightning_nettrim.core.streaming import compress
+from lightning_nettrim.core.validation import validate
 from lightning_nettrim.solvers.admm import ADMM, ADMMState
 from lightning_nettrim.solvers.base import Solution, Status, iterate
-from lightning_nettrim.sums import norm
 
-_MOVING = ("W", "S", "T", "D", "G")  # what of a state depends on the radius and is smooth in its logarithm
+_EXTRAPOLATED = ("W", "S", "T", "D", "G")  # fields of a state that are smooth functions of log ε
 
 
-def path(problem: LayerProblem, epsilons: Iterable[Tensor | float], solver: ADMM | None = None) -> list[Solution]:
-    """Solve the problem at every radius in turn, best in a monotone order.
+def solve_path(problem: LayerProblem, epsilons: Iterable[Tensor | float], solver: ADMM | None = None) -> list[Solution]:
+    """Solve a problem at a sequence of radii, preferably monotone.
 
-    The factor is shared. Copies and duals are extrapolated linearly in log ε from the two radii before, ρ is kept in
-    proportion to 1/ε; where that does not converge, ρ moves as in a single solve.
+    All solves share one factorization. Copies and duals are extrapolated linearly in log ε from the two previous radii,
+    with ρ proportional to 1/ε; if this does not converge, the problem is solved without a warm start.
 
     Args:
-        problem: the layer's program; its own ``epsilon`` and ``sparsity`` are not read.
-        epsilons: radii in the units of ``Y``, each of any shape that ``problem.epsilon`` may have, or a number for all.
-        solver: settings; the defaults where ``None``.
+        problem: the problem of a layer; its ``epsilon`` and ``sparsity`` are not used.
+        epsilons: radii in the units of ``Y``, each of any shape that ``problem.epsilon`` may have, or a number for the
+            whole batch.
+        solver: the solver with its settings; ``None`` is ``ADMM()``.
 
     Returns:
-        A `Solution` for each radius, in the order given.
+        A `Solution` for each radius, in the given order.
 
     Raises:
         ValueError: if the problem is malformed or a radius is not positive.
     """
     solver, solutions = solver or ADMM(), list[Solution]()
-    state = before = None
-    sizes: list[Tensor] = []
+    state = previous = None
+    radii: list[Tensor] = []
     with torch.no_grad():
-        shared = problem.compressed()
+        shared = compress(problem)
         for epsilon in epsilons:
-            at = replace(shared, epsilon=_radius(problem, epsilon), sparsity=None).validate()
-            sizes.append(norm(at.flat().radius))
+            at = validate(replace(shared, epsilon=_radius(problem, epsilon), sparsity=None))
+            radii.append(norm(at.flattened().radius))
             if state is None:
                 solution = iterate(at, solver)
             else:
-                state = solver.penalise(state, sizes[-2] / sizes[-1])
-                here = state._replace(**{name: getattr(state, name).clone() for name in _MOVING})
-                if before is not None:
-                    _extrapolate(state, solver.penalise(before, before.tau / state.tau), sizes)
-                before = here
+                state = solver.penalize(state, radii[-2] / radii[-1])
+                current = state._replace(**{name: getattr(state, name).clone() for name in _EXTRAPOLATED})
+                if previous is not None:
+                    _extrapolate(state, solver.penalize(previous, previous.tau / state.tau), radii)
+                previous = current
                 short = replace(solver, max_steps=max(1, solver.max_steps // 4))
                 solution = iterate(at, short, state, adaptive=False)
+                assert solution.status is not None
                 if not bool((solution.status == Status.CONVERGED).all()):
                     solution = iterate(at, solver)
             state = solution.state
@@ -58,17 +62,17 @@ def path(problem: LayerProblem, epsilons: Iterable[Tensor | float], solver: ADMM
     return solutions
 
 
-def _extrapolate(state: ADMMState, before: ADMMState, sizes: list[Tensor]) -> None:
-    """Carry the state on along the line through the one before, as far as log ε goes on, at most as far again."""
-    ahead = (sizes[-1] / sizes[-2]).log() / (sizes[-2] / sizes[-3]).log()
-    ahead = ahead.nan_to_num(0.0).clamp(0, 1)
-    for name in _MOVING:
-        now = getattr(state, name)
-        now.copy_(torch.lerp(getattr(before, name), now, 1 + ahead))
+def _extrapolate(state: ADMMState, previous: ADMMState, radii: list[Tensor]) -> None:
+    """Extrapolate the state, in place and linearly in log ε, by at most the difference to the previous state."""
+    ratio = (radii[-1] / radii[-2]).log() / (radii[-2] / radii[-3]).log()
+    ratio = ratio.nan_to_num(0.0).clamp(0, 1)
+    for name in _EXTRAPOLATED:
+        value = getattr(state, name)
+        value.copy_(torch.lerp(getattr(previous, name), value, 1 + ratio))
 
 
 def _radius(problem: LayerProblem, epsilon: Tensor | float) -> Tensor:
-    """ε as the problem wants it: a tensor as it is, a number for every ball of every layer."""
+    """ε in a shape that the problem accepts; a number is expanded to the whole batch."""
     if isinstance(epsilon, Tensor) and epsilon.dim() >= len(problem.batch):
         return epsilon
     return torch.as_tensor(epsilon).to(problem.Y).expand(problem.batch)

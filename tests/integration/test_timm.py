@@ -127,7 +127,7 @@ def test_convolutions_that_standardize_their_weights_are_left_alone_and_the_rest
     standardized = {key for key, module in model.named_modules() if "StdConv2d" in type(module).__name__}
     assert len(standardized) == 25
     assert set(reasons(result)) == standardized
-    assert set(reasons(result).values()) == {"ScaledStdConv2d answers something else than its weights times its inputs"}
+    assert set(reasons(result).values()) == {"ScaledStdConv2d does not compute the product of its weights and inputs"}
     assert any("of the values in weight matrices are in layers that can be pruned" in note for note in result.notes)
 
 

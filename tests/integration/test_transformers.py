@@ -12,10 +12,10 @@ from certificates import by_magnitude, certify, error, remember  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
 
 from lightning_nettrim import Cardinality, NetTrim, trim  # noqa: E402
-from lightning_nettrim.capture import record  # noqa: E402
-from lightning_nettrim.layers import prunable  # noqa: E402
-from lightning_nettrim.replay import evaluating  # noqa: E402
-from lightning_nettrim.sample import hold  # noqa: E402
+from lightning_nettrim.calibration.batch import evaluation_mode  # noqa: E402
+from lightning_nettrim.calibration.recording import record  # noqa: E402
+from lightning_nettrim.calibration.sampling import sample_inputs  # noqa: E402
+from lightning_nettrim.layers import find_layers  # noqa: E402
 
 pytestmark = [
     pytest.mark.integration,
@@ -243,12 +243,12 @@ def test_what_stands_in_padded_places_changes_nothing(make, form):
 
 
 def recorded_rows(model, data):
-    layers = prunable(model)[0]
-    held = hold(model, data, 10_000, seed=0)
-    with evaluating(model):
-        tapes = record(model, layers, held, num_samples=10_000, seed=0)
-    assert all(tape.rows == tape.seen for tape in tapes.values())
-    return {name: tape.rows for name, tape in tapes.items()}
+    layers = find_layers(model)[0]
+    held = sample_inputs(model, data, 10_000, seed=0)
+    with evaluation_mode(model):
+        recordings = record(model, layers, held, num_samples=10_000, seed=0)
+    assert all(recording.rows == recording.seen for recording in recordings.values())
+    return {name: recording.rows for name, recording in recordings.items()}
 
 
 @pytest.mark.parametrize(("make", "form"), [(bert, sentences), (gpt2, text), (gpt2, left_padded), (llama, text)])

@@ -1,0 +1,78 @@
+"""Calibration: the batches of a trainer's own loaders, within its limits, as its steps would get them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_nettrim.callbacks.lightning_package import fitting, of_package, overridden
+from lightning_nettrim.callbacks.steps import LoadedBatch
+
+
+def calibration_batches(
+    trainer: pl.Trainer, pl_module: pl.LightningModule, data: str, enough: int
+) -> Iterator[LoadedBatch]:
+    """The batches of ``"train"`` or ``"val"`` data, on the device; ``enough`` of an endless loader."""
+    for batch, index in _batches(trainer, pl_module, data, enough):
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=index)
+        yield LoadedBatch(trainer.strategy.batch_to_device(batch, dataloader_idx=index), index)
+
+
+def _batches(trainer: pl.Trainer, pl_module: pl.LightningModule, data: str, enough: int) -> Iterator[tuple[Any, int]]:
+    """This process's share of the batches, each with the number of its loader."""
+    fit = fitting(trainer)
+    if data == "train" and fit:
+        seen = trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        limit = _finite(trainer.num_training_batches, seen)
+        yield from _combined(trainer.fit_loop._combined_loader, slice(limit))
+        return
+    if data == "train":
+        source = trainer.datamodule or pl_module  # type: ignore[attr-defined]
+        if overridden(source, "train_dataloader"):
+            if source is not pl_module:
+                source.setup("fit")
+            loaders = source.train_dataloader()
+            combined_loader = of_package(trainer, "utilities", "CombinedLoader")
+            combined = loaders if isinstance(loaders, combined_loader) else combined_loader(loaders, "max_size_cycle")
+            rank, count = trainer.global_rank, trainer.world_size  # by which Lightning has not divided these
+            yield from _combined(combined, slice(rank, _limit(trainer, combined, enough), count))
+            return
+        rank_zero_warn(
+            "NetTrim: there is no train_dataloader to calibrate on in this validate: calibrating on the validation"
+            " data. Pass a datamodule with one, or set calibration='val'"
+        )
+    loop = trainer.fit_loop.epoch_loop.val_loop if fit else trainer.validate_loop
+    if fit:
+        loop.setup_data()
+    assert loop._combined_loader is not None  # not `trainer.val_dataloaders`, which are those of an earlier fit
+    for index, (loader, most) in enumerate(zip(loop._combined_loader.flattened, loop.max_batches, strict=True)):
+        for batch in islice(loader, _finite(most, enough)):
+            yield batch, index
+
+
+def _combined(loader: Any, share: slice) -> Iterator[tuple[Any, int]]:
+    """The batches of a combined loader as ``training_step`` gets them."""
+    combined: Iterable[tuple[Any, int, int]] = islice(loader, share.start, share.stop, share.step)
+    return ((batch, dataloader_idx) for batch, _, dataloader_idx in combined)
+
+
+def _limit(trainer: pl.Trainer, loader: Any, enough: int) -> int:
+    """Batches of a train loader that the trainer's limit, which is each process's, allows to all of them."""
+    if isinstance(trainer.limit_train_batches, int):
+        return trainer.limit_train_batches * trainer.world_size
+    try:
+        iter(loader)  # without which a combined loader has no length
+        length = len(loader)
+    except (TypeError, NotImplementedError):
+        return enough * trainer.world_size
+    return max(1, int((trainer.limit_train_batches or 1.0) * length))
+
+
+def _finite(limit: float, otherwise: int) -> int:
+    """The limit, or what to take in its place where there is none."""
+    return otherwise if limit == float("inf") else int(limit)

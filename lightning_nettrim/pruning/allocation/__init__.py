@@ -1,0 +1,1 @@
+"""Strategies that distribute a common sparsity over layers."""

@@ -1,0 +1,27 @@
+"""Allocations by name."""
+
+from __future__ import annotations
+
+from lightning_nettrim.pruning.allocation.base import Allocation
+from lightning_nettrim.pruning.allocation.epsilon import EpsilonAllocation
+from lightning_nettrim.pruning.allocation.magnitude import MagnitudeAllocation
+from lightning_nettrim.pruning.allocation.network_error import GlobalAllocation
+from lightning_nettrim.pruning.allocation.uniform import UniformAllocation
+from lightning_nettrim.pruning.budget import Budget
+from lightning_nettrim.pruning.session import CalibrationSession
+
+_NAMED: dict[str, Allocation] = {
+    "uniform": UniformAllocation(),
+    "epsilon": EpsilonAllocation(),
+    "global": GlobalAllocation(),
+    "magnitude": MagnitudeAllocation(),
+}
+
+
+def allocate(session: CalibrationSession, sparsity: float | None) -> dict[str, Budget]:
+    """The budget of every layer by the allocation of the options; the plan's without one."""
+    if sparsity is None or not session.shared_sizes():
+        return session.plan.budgets
+    allocation = session.config.allocate
+    allocation = _NAMED[allocation] if isinstance(allocation, str) else allocation
+    return allocation.allocate(session, sparsity)

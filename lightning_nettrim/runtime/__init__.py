@@ -1,0 +1,1 @@
+"""Infrastructure that is independent of pruning: processes, memory, offloading, resuming, progress."""

@@ -1,0 +1,68 @@
+"""Environment of a run: processes, memory, storage, resuming, progress."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from lightning_nettrim.runtime.fingerprint import fingerprint
+from lightning_nettrim.runtime.memory import MemoryMeter
+from lightning_nettrim.runtime.offload import TensorStore
+from lightning_nettrim.runtime.progress import Progress
+from lightning_nettrim.runtime.resume import ResumeStore
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class RunContext:
+    """Environment of a run, which is independent of what is computed.
+
+    Attributes:
+        processes: the processes that take part.
+        store: store of tensors that are used again later.
+        available: number of bytes that one recording or one solve may take.
+        meter: meter of the peak memory usage; ``None`` measures nothing.
+        resume: results of finished steps on disk; ``None`` keeps none.
+        progress: progress of the run.
+        notes: warnings for the report, in order.
+        cache: results of this run that are reused, by fingerprint.
+    """
+
+    processes: ProcessGroup = SINGLE_PROCESS
+    store: TensorStore = field(default_factory=lambda: TensorStore("device"))
+    available: float = float("inf")
+    meter: MemoryMeter | None = None
+    resume: ResumeStore | None = None
+    progress: Progress = field(default_factory=Progress)
+    notes: list[str] = field(default_factory=list)
+    cache: dict[str, Any] = field(default_factory=dict)
+
+    def note(self, text: str) -> None:
+        """Log a warning and keep it for the report."""
+        self.notes.append(text)
+        log.warning("NetTrim: %s", text)
+
+    def cached(self, name: str, cause: str, compute: Callable[[], T]) -> T:
+        """Compute a result once per name and cause, also across interrupted runs.
+
+        Args:
+            name: name of the result.
+            cause: fingerprint of everything it is computed from.
+            compute: function that returns the result, which must be representable as JSON.
+
+        Returns:
+            The result, from the cache, from disk, or computed.
+        """
+        key = fingerprint(name, cause)
+        if key not in self.cache:
+            entry = None if self.resume is None else self.resume.read(name, cause)
+            self.cache[key] = compute() if entry is None else entry[1]
+            if entry is None and self.resume is not None:
+                self.resume.write(name, cause, {}, self.cache[key])
+        return self.cache[key]
