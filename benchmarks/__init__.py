@@ -1,1 +1,1 @@
-"""Measurements of lightning_nettrim beside its peers: ``python -m benchmarks.run``."""
+"""Benchmarks of lightning_nettrim and of other methods: ``python -m benchmarks.run``."""

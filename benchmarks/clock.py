@@ -1,4 +1,4 @@
-"""Seconds of work, read once the device has done it."""
+"""Wall-clock time of work on a device."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import torch
 
 
 class Clock:
-    """Wall-clock seconds since its making, less those for which it was stopped.
+    """Wall-clock seconds since the object was created, without the time in which it was paused.
 
     Args:
-        device: whose queue is waited for before a reading; on the CPU there is none.
+        device: on CUDA, every reading waits until the work queued on the device is finished.
     """
 
     def __init__(self, device: str = "cpu") -> None:
         self.device = torch.device(device)
-        self._zero = 0.0
-        self._zero = self.read()
+        self._start = 0.0
+        self._start = self.read()
 
     def read(self) -> float:
-        """Seconds."""
+        """Elapsed seconds."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        return perf_counter() - self._zero
+        return perf_counter() - self._start
 
     @contextmanager
-    def stopped(self) -> Iterator[float]:
-        """A reading, and work that is not counted."""
+    def paused(self) -> Iterator[float]:
+        """A `with` whose body is not timed; its value is the elapsed seconds."""
         seconds = self.read()
         yield seconds
-        self._zero += self.read() - seconds
+        self._start += self.read() - seconds

@@ -1,7 +1,7 @@
-"""Digests of pruned networks: ``python -m benchmarks.digests`` prints them, to compare two versions of the package.
+"""Digests of pruned networks, to compare two versions of the package: ``python -m benchmarks.digests``.
 
-Six small networks are pruned in five configurations each, on one thread. Two versions compute the same weights, to the
-bit, where they print the same lines on the same machine.
+Five small networks, and one of them in two processes, are pruned in five configurations each, on one thread. If two
+versions print the same lines on the same machine, their pruned weights are bitwise identical.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "epsilon, Wanda": {"epsilon": 0.3, "solver": Wanda(), "importance": "equal", "penalize_bias": True},
     "max_drop, magnitude": {"max_drop": 0.2, "relative": True, "mode": "min", "allocate": "magnitude"},
 }
-"""Arguments of `trim`."""
+"""Options of `trim` for each configuration."""
 
 
 def mlp() -> nn.Module:
@@ -35,7 +35,7 @@ def mlp() -> nn.Module:
 
 
 def lenet5() -> nn.Module:
-    """Two convolutions with max-pooling, two linear layers."""
+    """Two convolutions with max-pooling and two linear layers."""
     return nn.Sequential(
         nn.Conv2d(4, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 12, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(),
         nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 8),
@@ -62,7 +62,7 @@ def resnet() -> nn.Module:
 
 
 class ViT(nn.Module):
-    """Patches, two transformer layers, a linear head."""
+    """A patch embedding, two transformer layers and a linear head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class ViT(nn.Module):
 
 
 def grouped() -> nn.Module:
-    """Convolutions in groups, one of them depthwise and followed by LeakyReLU."""
+    """Grouped convolutions, one of them depthwise, with LeakyReLU, ReLU6 and ReLU."""
     return nn.Sequential(
         nn.Conv2d(4, 8, 3, groups=2), nn.LeakyReLU(0.1), nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8), nn.ReLU6(),
         nn.Conv2d(8, 16, 3, groups=4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 8),
@@ -94,82 +94,91 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
-def pruned(make: Callable[[], nn.Module], shape: Sequence[int], arguments: dict[str, Any], share: slice) -> str:
-    """The digest of a network that is pruned on a share of the batches."""
+def prune_and_digest(make: Callable[[], nn.Module], shape: Sequence[int], options: dict[str, Any], shard: slice) -> str:
+    """Prune a network on a shard of the batches and return its digest and its sparsity.
+
+    Args:
+        make: makes the network.
+        shape: shape of an input.
+        options: options of `trim`.
+        shard: the batches of this process.
+    """
     torch.manual_seed(0)
     model = make()
     batches = [torch.randn(64, *shape) for _ in range(8)]
-    model(torch.cat(batches))  # running statistics
+    model(torch.cat(batches))  # sets the running statistics of BatchNorm
     model.eval()
-    probe = torch.cat(batches[:2])
+    inputs = torch.cat(batches[:2])
     with torch.no_grad():
-        dense = model(probe)
-    if "max_drop" in arguments:
+        dense = model(inputs)
+    if "max_drop" in options:
 
         def metric() -> float:
             with torch.no_grad():
-                return float((model(probe) - dense).norm() + dense.norm())
+                return float((model(inputs) - dense).norm() + dense.norm())
 
-        arguments = arguments | {"metric": metric}
-    if arguments.get("pattern") == "2:4":
-        arguments = arguments | {"ignore": _indivisible(model)}
-    result = trim(model, batches[share], num_samples=256, **arguments)
-    fingerprint = hashlib.sha256()
+        options = options | {"metric": metric}
+    if options.get("pattern") == "2:4":
+        options = options | {"ignore": _layers_indivisible_by_four(model)}
+    result = trim(model, batches[shard], num_samples=256, **options)
+    digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        fingerprint.update(name.encode())
-        fingerprint.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
-    return f"{fingerprint.hexdigest()[:20]} {result.sparsity:.4f}"
+        digest.update(name.encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return f"{digest.hexdigest()[:20]} {result.sparsity:.4f}"
 
 
-def _indivisible(model: nn.Module) -> list[str] | None:
-    """Layers whose number of inputs is no multiple of four."""
+def _layers_indivisible_by_four(model: nn.Module) -> list[str] | None:
+    """Names of the layers whose number of inputs is not a multiple of four; ``None`` if there are none."""
     names = []
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        matrix = isinstance(module, nn.Linear | nn.Conv2d) and isinstance(weight, Tensor)
-        if matrix and weight[0].numel() % 4 and not name.endswith("out_proj"):
+        is_matrix = isinstance(module, nn.Linear | nn.Conv2d) and isinstance(weight, Tensor)
+        if is_matrix and weight[0].numel() % 4 and not name.endswith("out_proj"):
             names.append(name)
     return names or None
 
 
 def _process(rank: int, folder: str, names: list[str]) -> None:
-    """One of two processes, with every other batch."""
+    """Prune in one of two processes, on every second batch; process 0 writes the digests."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     for name in names:
-        found = pruned(mlp, (32,), CONFIGURATIONS[name] | {"distributed": True}, slice(rank, None, 2))
+        digest = prune_and_digest(mlp, (32,), CONFIGURATIONS[name] | {"distributed": True}, slice(rank, None, 2))
         if rank == 0:
-            (Path(folder) / name.replace(":", "_")).write_text(found, encoding="utf-8")
+            (Path(folder) / name.replace(":", "_")).write_text(digest, encoding="utf-8")
     distributed.destroy_process_group()
 
 
 def lines() -> Iterator[str]:
     """One line for each network and configuration."""
     for network, (make, shape) in NETWORKS.items():
-        for name, arguments in CONFIGURATIONS.items():
-            yield f"{network:14} {name:22} {pruned(make, shape, arguments, slice(None))}"
+        for name, options in CONFIGURATIONS.items():
+            yield f"{network:14} {name:22} {prune_and_digest(make, shape, options, slice(None))}"
     with tempfile.TemporaryDirectory() as folder:
         spawn(_process, (folder, [*CONFIGURATIONS]), nprocs=2)
         for name in CONFIGURATIONS:
-            found = (Path(folder) / name.replace(":", "_")).read_text(encoding="utf-8")
-            yield f"{'two processes':14} {name:22} {found}"
+            digest = (Path(folder) / name.replace(":", "_")).read_text(encoding="utf-8")
+            yield f"{'two processes':14} {name:22} {digest}"
 
 
 def main() -> None:
-    """Print all lines, or compare them with those of a file."""
+    """Print all lines and, with ``--compare``, compare them with those of a file."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.digests", description=__doc__)
-    parser.add_argument("--compare", type=Path, help="file with the output of another version")
+    parser.add_argument(
+        "--compare", type=Path, help="file with the output of another version; exit code 1 if a line differs"
+    )
     expected = vars(parser.parse_args())["compare"]
     torch.set_num_threads(1)
-    found = []
+    printed = []
     for line in lines():
         print(line, flush=True)
-        found.append(line)
+        printed.append(line)
     if expected is not None:
-        before = expected.read_text(encoding="utf-8").splitlines()
-        differ = [line for line in found if line not in before]
-        print(f"{len(found) - len(differ)} of {len(found)} lines are the same")
-        raise SystemExit(bool(differ))
+        expected_lines = expected.read_text(encoding="utf-8").splitlines()
+        differing = [line for line in printed if line not in expected_lines]
+        print(f"{len(printed) - len(differing)} of {len(printed)} lines are identical")
+        raise SystemExit(bool(differing))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Memory: the peak while a large network is pruned, against the limit that was set, each in a process of its own."""
+"""Peak memory while a large network is pruned, for several values of ``max_memory``, each in its own process."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from lightning_nettrim import trim
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line decides.
+    """The options of the command line.
 
     Args:
         out: folder of the results.
-        network: of torchvision, with random weights.
-        limits: max_memory, GiB, in turn.
-        images: random ones to calibrate on.
-        size: pixels of a side.
-        batch: images in a batch.
-        samples: rows of each layer at most.
-        offload: where calibration inputs and trained responses wait.
-        scheme: cascade or parallel.
-        targets: layers to prune, by name or glob; all if none are given.
+        network: name of a torchvision model; its weights are random.
+        limits: values of ``max_memory``, in GiB.
+        images: number of random calibration images.
+        size: height and width of an image, in pixels.
+        batch: number of images per batch.
+        samples: maximum number of calibration inputs (``num_samples``).
+        offload: where calibration inputs and reference outputs are kept.
+        scheme: ``cascade`` or ``parallel``.
+        targets: layers to prune, by name or glob; all if empty.
     """
 
     out: Path = Path("runs") / "benchmarks"
@@ -44,32 +44,32 @@ class Settings:
 
 @dataclass(frozen=True)
 class Row:
-    """One limit.
+    """The result for one limit.
 
     Attributes:
-        limit: max_memory, GiB.
-        peak: above what the process used before, GiB.
-        ratio: of the peak to the limit.
-        seconds: taken.
-        layer: that took most.
-        reduced: layers with fewer rows than asked for.
+        limit: ``max_memory``, in GiB.
+        peak: peak of additional memory of the process, in GiB.
+        ratio: peak over limit.
+        seconds: run time.
+        peak_layer: the layer with the largest peak.
+        reduced_layers: number of layers with fewer rows than requested, for lack of memory.
     """
 
     limit: float
     peak: float
     ratio: float
     seconds: float
-    layer: str
-    reduced: int
+    peak_layer: str
+    reduced_layers: int
 
     def __str__(self) -> str:
-        """One line."""
-        most = f"most at {self.layer}, {self.reduced} layers with fewer rows"
-        return f"{self.limit:5.2f} GiB  {self.peak:5.2f}  {self.ratio:5.2f}  {self.seconds:7.1f} s  {most}"
+        """One line of the table."""
+        numbers = f"{self.limit:11.2f}  {self.peak:10.2f}  {self.ratio:5.2f}  {self.seconds:8.1f}"
+        return f"{numbers}  {self.reduced_layers:14d}  {self.peak_layer}"
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """The limits in turn."""
+    """One row for each limit."""
     context = multiprocessing.get_context("spawn")
     for limit in settings.limits:
         with ProcessPoolExecutor(1, context) as pool:
@@ -81,7 +81,7 @@ def _row(settings: Settings, limit: float) -> Row:
 
     torch.manual_seed(0)
     model = torchvision.models.get_model(settings.network, weights=None).eval()
-    with torch.no_grad():  # so that the libraries' own buffers are there before
+    with torch.no_grad():  # allocates the buffers of the libraries before the measurement begins
         model(torch.zeros(1, 3, settings.size, settings.size))
     shape = (settings.batch, 3, settings.size, settings.size)
     batches = (torch.randn(shape) for _ in range(settings.images // settings.batch))
@@ -89,12 +89,12 @@ def _row(settings: Settings, limit: float) -> Row:
         model, batches, sparsity=0.8, allocate="uniform", num_samples=settings.samples, max_memory=limit,
         offload=settings.offload, scheme=settings.scheme, targets=list(settings.targets) or None,
     )  # fmt: skip
-    most = max(result.reports, key=lambda report: report.memory or 0.0)
+    largest = max(result.reports, key=lambda report: report.memory or 0.0)
     peak = result.peak_memory or 0.0
     reduced = sum("fit into max_memory" in note for note in result.notes)
-    return Row(limit, peak, peak / limit, result.seconds, most.name, reduced)
+    return Row(limit, peak, peak / limit, result.seconds, largest.name, reduced)
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A line for each limit."""
-    return "\n".join(["limit        peak  ratio  seconds", *map(str, rows)])
+    """One line for each limit."""
+    return "\n".join(["limit (GiB)  peak (GiB)  ratio   seconds  reduced layers  peak layer", *map(str, rows)])

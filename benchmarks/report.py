@@ -1,4 +1,4 @@
-"""What a benchmark says: rows, the machine that they were measured on, and a file of each."""
+"""The output of a benchmark: a header with the machine, rows as text, and a CSV file."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ import torch
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement; what does not apply is None.
+    """One measurement; ``None`` where a value does not apply.
 
     Attributes:
-        section: of the benchmark; rows of "trace" are the points of the picture and are not printed.
-        instance: what was solved.
-        solver: by whom.
-        steps: taken.
-        seconds: taken.
-        gap: relative to the optimum, or to the bound where the note says so.
+        section: section of the benchmark; rows of "trace" are the points of the plot and are not printed.
+        instance: the problem that was solved.
+        solver: name of the solver.
+        steps: number of steps.
+        seconds: run time.
+        gap: relative to the optimum, or to the lower bound if the note says so.
         violation: of the constraints, relative to ε.
-        ratio: of the seconds to those that the note names.
-        note: the rest, in words.
+        ratio: run time relative to the one that the note names.
+        note: further information.
     """
 
     section: str
@@ -47,7 +47,7 @@ WIDTHS = {"section": 8, "instance": 28, "solver": 16, "steps": 6, "seconds": 10,
 
 
 def header(device: str) -> str:
-    """Date, command and machine, a line each."""
+    """Date, command and machine, one line each."""
     return "\n".join(
         (
             f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}",
@@ -58,18 +58,18 @@ def header(device: str) -> str:
     )
 
 
-def titles() -> str:
-    """The names of the columns."""
+def column_titles() -> str:
+    """The header line of the table."""
     return _aligned([*WIDTHS], "note")
 
 
 def line(row: Row) -> str:
-    """One row of the table."""
+    """One line of the table."""
     return _aligned([_cell(value) for value in astuple(row)[:-1]], row.note)
 
 
 def write(rows: Sequence[Any], path: Path) -> None:
-    """All rows, of one dataclass, as CSV, numbers in full."""
+    """Write the rows, instances of one dataclass, as CSV with unrounded numbers."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -83,6 +83,6 @@ def _cell(value: str | float | None) -> str:
 
 def _aligned(cells: list[str], note: str) -> str:
     columns = zip(WIDTHS.items(), cells, strict=True)
-    words = ("section", "instance", "solver")
-    padded = [cell.ljust(width) if name in words else cell.rjust(width) for (name, width), cell in columns]
+    left_aligned = ("section", "instance", "solver")
+    padded = [cell.ljust(width) if name in left_aligned else cell.rjust(width) for (name, width), cell in columns]
     return " ".join([*padded, note]).rstrip()

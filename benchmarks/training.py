@@ -1,4 +1,4 @@
-"""The dense networks: trained from a fixed seed, kept in a cache, and judged on the test images."""
+"""Dense networks: trained from a fixed seed, cached in a file, evaluated on the test images."""
 
 from __future__ import annotations
 
@@ -14,8 +14,18 @@ from recipes.data import MNIST
 Model = TypeVar("Model", bound=pl.LightningModule)
 
 
-def trained(model: Model, data: pl.LightningDataModule, path: Path, epochs: int) -> Model:
-    """The model after so many epochs, read from the file where it was trained before."""
+def train_or_load(model: Model, data: pl.LightningDataModule, path: Path, epochs: int) -> Model:
+    """Train the model, or load its weights if the file exists.
+
+    Args:
+        model: the untrained model, changed in place.
+        data: the training data.
+        path: file of the trained weights; it is written after training.
+        epochs: number of training epochs.
+
+    Returns:
+        The model in evaluation mode.
+    """
     if path.exists():
         model.load_state_dict(torch.load(path, weights_only=True))
         return model.eval()
@@ -27,8 +37,8 @@ def trained(model: Model, data: pl.LightningDataModule, path: Path, epochs: int)
 
 
 def accuracy(model: nn.Module, data: MNIST) -> float:
-    """On the test images, in percent."""
+    """Accuracy on the test images, in percent."""
     images, labels = data.held_out.tensors
     with torch.no_grad():
-        answers = torch.cat([model.eval()(part).argmax(1) for part in images.split(1000)])
-    return 100 * float((answers == labels).double().mean())
+        predictions = torch.cat([model.eval()(part).argmax(1) for part in images.split(1000)])
+    return 100 * float((predictions == labels).double().mean())

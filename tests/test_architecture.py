@@ -1,6 +1,4 @@
-"""The house: imports go one way, and only the top floors know Lightning."""
-
-from __future__ import annotations
+"""Imports go one way through eight layers, and each layer knows only what it should."""
 
 import ast
 import sys
@@ -9,71 +7,66 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "lightning_nettrim"
-FLOORS = [
-    {"digest"},
-    {"pattern", "sums", "rectifier", "ranks"},
-    {"problem"},
-    {"prox"},
-    {"solvers"},
-    {"mask", "allocate"},
-    {"layers", "shelf", "journal", "structure"},
-    {"memory", "replay", "padding", "usage"},
-    {"sample", "flow"},
-    {"capture", "fold", "norms"},
-    {"report"},
-    {"plan", "tolerance"},
-    {"signals", "pose", "outcome"},
-    {"method", "responses"},
-    {"trained"},
-    {"prune"},
-    {"rehearse", "prepare"},
-    {"trim"},
-    {"callbacks"},
-    {"cli", "pytorch_lightning"},
-]
-ABOVE_ALL = {"__init__", "__main__"}
+LAYERS = ["runtime", "core", "solvers", "layers", "calibration", "pruning", "compaction", "export", "callbacks", "cli"]
+KNOWS_NOTHING_OF = {"layers": "solvers", "calibration": "solvers"}
+ABOVE_ALL = {"__init__", "__main__", "pytorch_lightning", "testing"}
+OPTIONAL = {"cli.py: lightning.pytorch.cli", "commands.py: jsonargparse"}
+MODULES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
-def room(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[0]
-
-
-def imports(path: Path) -> set[str]:
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
+def imports(path, top_level_only=False):
+    """Names of imported modules; those under ``if TYPE_CHECKING`` are excluded."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guarded = {id(node) for test in tree.body if isinstance(test, ast.If) for node in ast.walk(test)}
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import) and id(node) not in guarded:
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and id(node) not in guarded:
             assert node.level == 0, f"{path}: relative import"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            yield str(node.module)
 
 
-MODULES = sorted(PACKAGE.rglob("*.py"))
-
-
-@pytest.mark.parametrize("path", MODULES, ids=[str(p.relative_to(PACKAGE)) for p in MODULES])
-def test_imports_come_from_the_floors_below(path):
-    name = room(path)
-    if name in ABOVE_ALL:
+@pytest.mark.parametrize("name", MODULES)
+def test_a_layer_imports_only_from_those_before_it(name):
+    layer = name.split("/")[0].removesuffix(".py")
+    if layer in ABOVE_ALL:
         return
-    floor = next(i for i, rooms in enumerate(FLOORS) if name in rooms)
-    allowed = set().union(*FLOORS[:floor], {name})
-    for target in imports(path):
-        parts = target.split(".")
-        if parts[0] == "lightning_nettrim":
-            assert parts[1] in allowed, f"{path.name} imports {target}"
-        if parts[0] in ("lightning", "pytorch_lightning"):
-            assert name in ("callbacks", "cli", "pytorch_lightning"), f"{path.name} imports {target}"
+    for target in imports(MODULES[name]):
+        package, _, rest = target.partition(".")
+        if package == "lightning_nettrim":
+            other = rest.split(".")[0]
+            assert LAYERS.index(other) <= LAYERS.index(layer), f"{name} imports {target}"
+            assert other != KNOWS_NOTHING_OF.get(layer), f"{name} imports {target}"
+        if package in ("lightning", "pytorch_lightning"):
+            assert layer in ("callbacks", "cli"), f"{name} imports {target}"
 
 
-def test_every_room_is_on_a_floor():
-    assert {room(path) for path in MODULES} == set().union(*FLOORS, ABOVE_ALL)
+def test_modules_import_each_other_in_no_cycle():
+    files = {name.removesuffix("/__init__.py").removesuffix(".py").replace("/", "."): name for name in MODULES}
+    prefix = "lightning_nettrim."
+    graph = {
+        name: {files[t.removeprefix(prefix)] for t in imports(path) if t.startswith(prefix)}
+        for name, path in MODULES.items()
+    }
+    while leaves := {name for name, targets in graph.items() if not targets & set(graph)}:
+        graph = {name: targets for name, targets in graph.items() if name not in leaves}
+    assert not graph
 
 
-def test_core_needs_only_torch_lightning_with_what_that_needs_and_safetensors():
-    standard = set(sys.stdlib_module_names)
-    outside = {name.split(".")[0] for path in MODULES for name in imports(path)}
-    outside -= {"pytorch_lightning"}  # of the module of that name alone, which nothing imports
-    assert outside - standard == {"torch", "lightning", "lightning_nettrim", "yaml", "tqdm", "safetensors"}
+@pytest.mark.parametrize("name", MODULES)
+def test_only_optional_packages_are_imported_inside_functions(name):
+    inside = set(imports(MODULES[name])) - set(imports(MODULES[name], top_level_only=True))
+    assert {f"{MODULES[name].name}: {target}" for target in inside} <= OPTIONAL
+
+
+def test_the_core_needs_only_declared_packages():
+    found = {target.split(".")[0] for path in MODULES.values() for target in imports(path)}
+    found -= {"pytorch_lightning", "jsonargparse"}  # of the extras
+    assert found - set(sys.stdlib_module_names) == {
+        "torch",
+        "lightning",
+        "lightning_nettrim",
+        "yaml",
+        "tqdm",
+        "safetensors",
+    }

@@ -164,7 +164,7 @@ def test_entries_of_another_run_are_not_used(tmp_path, caplog, change):
     expected, _ = pruned(None, copy.deepcopy(model), x, **options)
     got, result = pruned(tmp_path, model, x, **options)
     assert same(got, expected)
-    assert "of another network, other data or other settings: computed again" in caplog.text
+    assert "with another network, other data or other settings: it is computed again" in caplog.text
     if change != "budget":
         assert result.notes == ()
 

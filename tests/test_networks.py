@@ -120,7 +120,7 @@ def test_attention_to_something_else_is_listed_and_its_last_matrix_pruned():
     assert {report.name for report in result.reports} == {"attention.out_proj", "head"}
     assert "expected self-attention" in result.skipped[0].reason
     apart = nn.ModuleList([nn.MultiheadAttention(16, 4, kdim=8), nn.Linear(2, 2)])
-    assert "matrices of their own" in find_layers(apart)[1]["0.in_proj"]
+    assert "separate weights" in find_layers(apart)[1]["0.in_proj"]
 
 
 def test_torch_s_own_encoder():
@@ -138,8 +138,8 @@ def test_torch_s_own_encoder():
 def test_recurrent_layers_are_listed_with_their_reason():
     model = nn.ModuleList([nn.LSTM(3, 4), nn.GRUCell(3, 4), nn.Linear(2, 2)])
     _, skipped = find_layers(model)
-    assert "LSTM feeds its outputs back" in skipped["0"]
-    assert "GRUCell feeds its outputs back" in skipped["1"]
+    assert "LSTM is recurrent" in skipped["0"]
+    assert "GRUCell is recurrent" in skipped["1"]
 
 
 class Repeated(nn.Module):
@@ -160,7 +160,7 @@ def test_repeated_and_shared_modules_are_one_problem_with_all_samples():
     result = trim(model, [x], sparsity=0.4, allocate="uniform", num_samples=10**6)
     assert [report.name for report in result.reports] == ["conv", "a"]
     assert [(layer.name, layer.reason) for layer in result.skipped] == [
-        ("b", "it is the same layer as a, and solved with it")
+        ("b", "it is the same layer as a and pruned with it")
     ]
     assert model.b.weight is model.a.weight
     assert int((model.conv.weight == 0).sum()) == round(0.4 * 81)

@@ -110,7 +110,7 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     survivor, dead = raise_together(tmp_path, "die")
     assert dead.returncode == 7
     assert survivor.returncode == 1
-    assert "RuntimeError: expected 2 processes to go on together" in survivor.stdout
+    assert "RuntimeError: expected 2 processes to continue together" in survivor.stdout
     assert "another process has ended" in survivor.stdout
     assert "while solving 2: all of 0, 2, 4 have their trained weights again" in survivor.stdout
 
@@ -151,7 +151,7 @@ def test_a_fit_under_ddp_prunes_as_one_on_a_single_device_does(tmp_path):
 def test_a_process_that_dies_ends_a_fit_and_leaves_no_half_written_file(tmp_path):
     done = fit(tmp_path / "2", 2, "die")
     assert done.returncode != 0
-    assert "RuntimeError: expected 2 processes to go on together" in done.stderr
+    assert "RuntimeError: expected 2 processes to continue together" in done.stderr
     for file in (file for file in tmp_path.glob("2/**/nettrim/**/*") if file.is_file()):
         if file.name not in ("dense.ckpt", "running"):
             assert file.parent.name == "layers"
@@ -180,9 +180,9 @@ def test_processes_that_end_differently_are_refused():
 def test_processes_that_use_a_layer_differently_are_refused():
     seen = {"0": "ReLU", "2": "linear"}
     Beside().check_agreement(seen)
-    with pytest.raises(ValueError, match="2: expected it to be used alike .*, got 'linear' .* 0 and 'not met' .* 1"):
+    with pytest.raises(ValueError, match="2: expected the same use .*, got 'linear' .* 0 and 'not used' .* 1"):
         Beside(other={"0": "ReLU"}).check_agreement(seen)
-    with pytest.raises(ValueError, match="0: expected it to be used alike .*, got 'earlier' .* and 'later'"):
+    with pytest.raises(ValueError, match="0: expected the same use .*, got 'earlier' .* and 'later'"):
         Beside(other={"2": "linear", "0": "ReLU"}).check_agreement(seen)
 
 

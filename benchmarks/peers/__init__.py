@@ -1,4 +1,8 @@
-"""Other solvers of the same program, each with a ``NAME`` and a ``solve(problem, **settings)`` that yields trials."""
+"""Other implementations to compare with.
+
+A solver of the convex program has a ``NAME`` and a ``solve(problem, **options)`` that yields trials. A method for
+one-shot pruning has a ``NAME`` and a ``method(clone)`` that returns a function which prunes one layer.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from torch import Tensor
 
 
 class Trial(NamedTuple):
-    """An answer and what it costs to get it from nothing."""
+    """A solution and the cost of computing it from the beginning."""
 
     W: Tensor  # (N, M) on the CPU
     seconds: float
@@ -16,8 +20,8 @@ class Trial(NamedTuple):
 
 
 class Unavailable(Exception):
-    """The solver's dependency, clone or device is not here."""
+    """A dependency, clone or device of the solver is missing."""
 
 
 class TimedOut(Exception):
-    """The solver had no answer when its time was over."""
+    """The solver returned no solution within its time limit."""

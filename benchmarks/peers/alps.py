@@ -6,22 +6,25 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from benchmarks.peers.clones import Prune, load, running
+from benchmarks.peers.clones import PruneLayer, cpu_and_quiet, load
 
 NAME = "ALPS (authors)"
 
 
-def method(clone: Path | None) -> Prune:
-    """Their `ALPS_prune` with its own defaults.
+def method(clone: Path | None) -> PruneLayer:
+    """The authors' `ALPS_prune` with its default options.
+
+    Args:
+        clone: folder of the clone.
 
     Raises:
-        Unavailable: if the clone is not there.
+        Unavailable: if the clone does not exist.
     """
-    theirs = load(clone, "alps.py", "github.com/mazumder-lab/ALPS", ["transformers"])
+    module = load(clone, "alps.py", "github.com/mazumder-lab/ALPS", ["transformers"])
 
     def prune(layer: nn.Linear, X: Tensor, sparsity: float, n_of_m: tuple[int, int] | None) -> None:
-        with running():
-            pruner = theirs.ALPS_prune(layer, len(X), 1)
+        with cpu_and_quiet():
+            pruner = module.ALPS_prune(layer, len(X), 1)
             pruner.add_batch(X, layer(X))
             pruner.ALPS_admm(sparsity, *(n_of_m or (0, 0)))
 

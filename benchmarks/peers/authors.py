@@ -1,4 +1,4 @@
-"""The authors' own NumPy solver, from a local clone of github.com/DNNToolBox/Net-Trim, unchanged."""
+"""The NumPy solver by the authors of Net-Trim, from an unmodified local clone of github.com/DNNToolBox/Net-Trim."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ NAME = "authors"
 FILE = Path("Main NetTrim Solvers") / "NetTrimSolver_np.py"
 
 
-def _net_trim_solver(clone: str | Path | None) -> tuple[Callable[..., np.ndarray], Callable[..., Any]]:
+def _load_solver(clone: str | Path | None) -> tuple[Callable[..., np.ndarray], Callable[..., Any]]:
+    """The authors' solver, and threadpoolctl's ``threadpool_limits``."""
     path = Path(clone or "") / FILE
     if clone is None or not path.is_file():
-        raise Unavailable(f"no '{FILE}' in {clone}: clone github.com/DNNToolBox/Net-Trim and name its folder")
+        raise Unavailable(f"no '{FILE}' in {clone}: clone github.com/DNNToolBox/Net-Trim and pass its folder")
     spec = importlib.util.spec_from_file_location("net_trim_authors", path)
     module = importlib.util.module_from_spec(spec)
     try:
@@ -38,19 +39,22 @@ def _net_trim_solver(clone: str | Path | None) -> tuple[Callable[..., np.ndarray
 def solve(
     problem: LayerProblem, clone: str | Path | None, rho: float, steps: Iterable[int], threads: int | None = None
 ) -> Iterator[Trial]:
-    """One run from zeros for each number of steps, in float64; it may stop itself earlier.
+    """One run from zero for each number of steps, in float64.
+
+    A run may end before that number, by the solver's own stopping criterion.
 
     Args:
-        problem: one program with ``V`` and ``penalty`` unset, without batch dimensions.
+        problem: one problem with ``V`` and ``penalty`` unset, without batch dimensions.
         clone: folder of the clone.
-        rho: the solver's penalty, fixed over a run.
-        steps: numbers of steps at most.
-        threads: of NumPy's and SciPy's BLAS, whose two pools may hinder each other; theirs to choose if not given.
+        rho: penalty parameter of the solver, constant during a run.
+        steps: maximum number of steps of each run.
+        threads: number of BLAS threads of NumPy and SciPy; ``None`` is their default. Their two thread pools can slow
+            each other down.
 
     Raises:
-        Unavailable: if the clone or what it imports is not there.
+        Unavailable: if the clone or a package that it imports is missing.
     """
-    net_trim_solver, threadpool_limits = _net_trim_solver(clone)
+    net_trim_solver, threadpool_limits = _load_solver(clone)
     X, Y = (np.ascontiguousarray(t.double().numpy().T) for t in (problem.X, problem.Y))
     V = None if problem.Omega is None else np.zeros_like(Y)
     for count in steps:

@@ -1,4 +1,4 @@
-"""Code of other authors from local clones, unchanged on disk: read, told of the device, and run as a module."""
+"""Modules of other projects, loaded from unmodified local clones and run on the CPU."""
 
 from __future__ import annotations
 
@@ -14,29 +14,35 @@ from torch import Tensor, nn
 
 from benchmarks.peers import Unavailable
 
-Prune = Callable[[nn.Linear, Tensor, float, tuple[int, int] | None], None]
-"""Prunes a layer in place, from its ``(P, N)`` inputs, to a sparsity or to n of m."""
+PruneLayer = Callable[[nn.Linear, Tensor, float, tuple[int, int] | None], None]
+"""Prunes a layer in place: ``prune(layer, X, sparsity, n_of_m)`` with ``(P, N)`` inputs X and a sparsity or n of m."""
 
 
-def load(clone: Path | None, file: str, address: str, imports: Sequence[str] = ()) -> ModuleType:
-    """A file of a clone as a module, with ``cuda:0`` read as the CPU and its imports of other projects as empty ones.
+def load(clone: Path | None, file: str, url: str, stubbed: Sequence[str] = ()) -> ModuleType:
+    """Load a file of a clone as a module, with ``cuda:0`` replaced by ``cpu``.
+
+    Args:
+        clone: folder of the clone.
+        file: path of the file in it.
+        url: address of the repository, for the error message.
+        stubbed: modules that the file imports and that are replaced by empty ones.
 
     Raises:
-        Unavailable: if the file is not there.
+        Unavailable: if the file does not exist.
     """
     path = Path(clone or "") / file
     if clone is None or not path.is_file():
-        raise Unavailable(f"no '{file}' in {clone}: clone {address} and name its folder")
+        raise Unavailable(f"no '{file}' in {clone}: clone {url} and pass its folder")
     module = ModuleType(f"peer_{path.stem}")
     source = path.read_text(encoding="utf-8").replace("cuda:0", "cpu")
-    with _stubbed(imports):
+    with _stub_modules(stubbed):
         exec(compile(source, str(path), "exec"), module.__dict__)
     return module
 
 
 @contextmanager
-def _stubbed(names: Sequence[str]) -> Iterator[None]:
-    """A `with` in which these modules can be imported, empty but for a class Conv1D."""
+def _stub_modules(names: Sequence[str]) -> Iterator[None]:
+    """A `with` in which these modules are importable and contain only a class Conv1D."""
     before = {name: sys.modules.get(name) for name in names}
     for name in names:
         sys.modules[name] = ModuleType(name)
@@ -51,8 +57,8 @@ def _stubbed(names: Sequence[str]) -> Iterator[None]:
 
 
 @contextmanager
-def running() -> Iterator[None]:
-    """A `with` in which their code says nothing and waits for no CUDA device."""
+def cpu_and_quiet() -> Iterator[None]:
+    """A `with` without gradients and output to stdout, in which ``torch.cuda.synchronize`` does nothing."""
     synchronize, torch.cuda.synchronize = torch.cuda.synchronize, lambda *_: None
     try:
         with redirect_stdout(io.StringIO()), torch.no_grad():

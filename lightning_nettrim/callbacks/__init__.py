@@ -1,4 +1,4 @@
-"""Lightning callbacks: hooks only."""
+"""Lightning callbacks."""
 
 from lightning_nettrim.callbacks.nettrim import NetTrim
 

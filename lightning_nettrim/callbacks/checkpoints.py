@@ -1,4 +1,4 @@
-"""Checkpoints: what is written holds the pruned network, whoever else changes checkpoints, and can be loaded."""
+"""Checkpoints that hold the pruned network, whatever other callbacks write into them."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from lightning_nettrim.layers import eager_name
 
 
 def replace_weights(checkpoint: dict[str, Any], model: nn.Module) -> None:
-    """Let a checkpoint hold the weights that the model has now, in place of whatever others have put there.
+    """Replace the weights in a checkpoint by those of the model.
 
-    Callbacks that average weights write their average, which is that of the dense network. What they or the module
-    have taken out stays out.
+    Callbacks that average weights write their average, which is that of the dense network. Names that they or the
+    module have removed are not added.
     """
     own, stored = model.state_dict(), checkpoint["state_dict"]
     for name in stored:
         if name in own and isinstance(stored[name], Tensor):
             stored[name] = own[name]
-    if "current_model_state" in checkpoint:  # what WeightAveraging trains on with
+    if "current_model_state" in checkpoint:  # from which WeightAveraging resumes training
         checkpoint["current_model_state"] = own
 
 
 def share_with_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-    """Let the averages that other callbacks hold be the weights that the module has now.
+    """Copy the weights of the module into the averages of other callbacks.
 
-    WeightAveraging puts its average in place of the weights in every later validation and checkpoint.
+    WeightAveraging uses its average instead of the weights in every later validation and checkpoint.
     """
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for average in vars(callback).values():
@@ -41,46 +41,52 @@ def share_with_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> N
 
 
 def verify(state: Mapping[str, Any], masks: Mapping[str, Tensor], what: str) -> None:
-    """Raise unless every weight that a mask does not keep is zero, where the weights are there at all.
+    """Check that every weight that a mask does not keep is zero; weights that are not in the state are skipped.
 
     Raises:
-        RuntimeError: naming the first tensor that is not.
+        RuntimeError: naming the first tensor that has other values.
     """
     for name, mask in masks.items():
         value = state.get(name)
         if value is not None and bool((value.detach().cpu() != 0)[~mask.cpu()].any()):
             raise RuntimeError(
                 f"{what}: expected zeros where {name} was pruned, got other values: a callback or the module replaces"
-                " the weights in on_save_checkpoint; take it away"
+                " the weights in on_save_checkpoint; remove it"
             )
 
 
 def verify_file(path: Path, masks: Mapping[str, Tensor]) -> None:
-    """`verify` a file as it was written; one that is still being written by another thread is not there yet."""
+    """`verify` a file, unless it does not exist because another thread is still writing it."""
     if path.is_file():
         content = torch.load(path, map_location="cpu", weights_only=False)
         verify(content["state_dict"], masks, str(path))
 
 
 def check_best_is_kept(trainer: pl.Trainer) -> None:
-    """Raise MisconfigurationException where no ModelCheckpoint is going to know a best checkpoint."""
+    """Check that a ModelCheckpoint keeps a best checkpoint.
+
+    Raises:
+        MisconfigurationException: if there is none.
+    """
     saver: Any = trainer.checkpoint_callback
     if saver is None or getattr(saver, "monitor", None) is None or getattr(saver, "save_top_k", 0) == 0:
         raise MisconfigurationException(
-            "NetTrim: checkpoint='best' expected a ModelCheckpoint with a monitor that keeps its best file, got"
+            "NetTrim: checkpoint='best': expected a ModelCheckpoint with a monitor that keeps its best file, got"
             f" {'none' if saver is None else 'one without'}: add ModelCheckpoint(monitor=...), or set checkpoint='last'"
         )
 
 
 def load_best(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
-    """Put the weights of ModelCheckpoint's best file into the module, in place; returns its path.
+    """Load the weights of ModelCheckpoint's best file into the module, in place, and return its path.
 
     Raises:
-        RuntimeError: where no file was kept.
+        RuntimeError: if there is no such file.
     """
     path = str(getattr(trainer.checkpoint_callback, "best_model_path", ""))
     if not path:
-        raise RuntimeError("checkpoint='best': expected a best checkpoint, got none: nothing was monitored in this fit")
+        raise RuntimeError(
+            "checkpoint='best': expected a best checkpoint, got none: the metric was not logged in this fit"
+        )
     checkpoint = torch.load(path, map_location="cpu", weights_only=False)
     pl_module.on_load_checkpoint(checkpoint)
     pl_module.load_state_dict(checkpoint["state_dict"], strict=pl_module.strict_loading)
@@ -88,7 +94,7 @@ def load_best(trainer: pl.Trainer, pl_module: pl.LightningModule) -> str:
 
 
 def accept_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A hook before ``load_state_dict``: names of a compiled module fit the eager one, and the other way round."""
+    """A hook before ``load_state_dict`` that translates names between compiled and eager modules."""
     renamed = by_own_names({name: name for name in state}, module, prefix)
     for name, stored in renamed.items():
         if name != stored and name not in state:
@@ -96,6 +102,6 @@ def accept_compiled_names(module: nn.Module, state: dict[str, Any], prefix: str,
 
 
 def by_own_names(values: Mapping[str, Any], module: nn.Module, prefix: str = "") -> dict[str, Any]:
-    """Values by the names that a module has for its parameters and buffers, be it compiled or not."""
+    """Values by the names that a module, compiled or not, has for its parameters and buffers."""
     own = {prefix + eager_name(name): prefix + name for name in module.state_dict()}
     return {own.get(prefix + eager_name(name.removeprefix(prefix)), name): value for name, value in values.items()}

@@ -1,4 +1,4 @@
-"""Package: what `lightning.pytorch` and `pytorch_lightning` call alike, whichever the Trainer comes from."""
+"""Compatibility of `lightning.pytorch` and `pytorch_lightning`: classes by name instead of identity."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import lightning.pytorch as pl
 
 
 def is_a(thing: Any, *names: str) -> bool:
-    """Whether an object is of a class of one of these names, or of a subclass of one."""
+    """Whether the class of an object, or one of its bases, has one of these names."""
     return any(cls.__name__ in names for cls in type(thing).__mro__)
 
 
 def overridden(thing: Any, method: str) -> bool:
-    """Whether a module or a data module has a method of its own in place of Lightning's."""
+    """Whether a module or a data module overrides a method of Lightning."""
     function = getattr(thing, method, None)
     if function is None:
         return False
@@ -24,13 +24,13 @@ def overridden(thing: Any, method: str) -> bool:
 
 
 def of_package(trainer: pl.Trainer, module: str, name: str) -> Any:
-    """A name of a module of the package that the Trainer comes from."""
+    """An attribute of a module of the package that the Trainer belongs to."""
     package = "pytorch_lightning" if type(trainer).__module__.startswith("pytorch_lightning") else "lightning.pytorch"
     return getattr(importlib.import_module(f"{package}.{module}"), name)
 
 
 def dummy_logger(trainer: pl.Trainer) -> Any:
-    """A logger that takes everything and keeps nothing."""
+    """A logger that logs nothing."""
     return of_package(trainer, "loggers.logger", "DummyLogger")()
 
 

@@ -1,4 +1,4 @@
-"""Preserve: the state that a module's steps leave behind, put back after they have run."""
+"""Restores metrics and attributes that the steps of a module change."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ Restore = Callable[[], Any]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _LONG = 1000
-"""Containers of more than so many items are copied as they are, their items untouched."""
+"""Containers with more items are copied shallowly."""
 
 
 @contextmanager
 def preserved(module: nn.Module, reset: bool = False) -> Iterator[None]:
-    """A `with` after which metrics and all plain attributes of a module and of its parts are as before.
+    """A `with` after which metrics and all plain attributes of a module and its submodules are as before.
 
-    Parameters and buffers are left alone. Lists and dicts keep their identity and get their former items back.
+    Parameters and buffers are not restored. Lists and dicts keep their identity and get their former items.
 
     Args:
-        module: whose attributes.
-        reset: within, metrics start from nothing, so that what they compute is about this pass alone.
+        module: the module.
+        reset: reset metrics at the beginning, so that they are computed over this pass only.
     """
-    restore = [_kept_attributes(part) for part in module.modules()]
+    restore = [_saved_attributes(part) for part in module.modules()]
     try:
         if reset:
             for part in module.modules():
@@ -37,36 +37,36 @@ def preserved(module: nn.Module, reset: bool = False) -> Iterator[None]:
                     part.reset()  # type: ignore[operator]
         yield
     finally:
-        for put_back in restore:
-            put_back()
+        for restore_attributes in restore:
+            restore_attributes()
 
 
-def _kept_attributes(module: nn.Module) -> Restore:
-    """What puts the attributes of one module back."""
+def _saved_attributes(module: nn.Module) -> Restore:
+    """A function that restores the attributes of one module."""
     metric = is_a(module, "Metric")
     values = {key: value for key, value in vars(module).items() if key not in _OF_EVERY_MODULE}
-    if metric:  # whose states are tensors that are changed in place; its methods are attributes too
+    if metric:  # the states of a metric are tensors that change in place; its methods are attributes too
         values = {key: value for key, value in values.items() if not callable(value)}
-    kept = {key: _kept(value, metric) for key, value in values.items()}
+    saved = {key: _saved(value, metric) for key, value in values.items()}
     buffers = copy.deepcopy(module._buffers) if metric else None
 
     def restore() -> None:
         now = vars(module)
-        for key in [key for key in now if key not in kept and key not in _OF_EVERY_MODULE and not callable(now[key])]:
+        for key in [key for key in now if key not in saved and key not in _OF_EVERY_MODULE and not callable(now[key])]:
             del now[key]
-        now.update({key: value() for key, value in kept.items()})
+        now.update({key: value() for key, value in saved.items()})
         if buffers is not None:
             module._buffers.update(buffers)
 
     return restore
 
 
-def _kept(value: Any, clone: bool, depth: int = 3) -> Restore:
-    """What returns a value with its former contents."""
+def _saved(value: Any, clone: bool, depth: int = 3) -> Restore:
+    """A function that returns a value with its former contents."""
     if isinstance(value, nn.Module):
         if not is_a(value, "Metric"):
             return lambda: value
-        attributes = _kept_attributes(value)
+        attributes = _saved_attributes(value)
         return lambda: (attributes(), value)[1]
     if clone and isinstance(value, Tensor):
         copied = value.detach().clone()
@@ -77,14 +77,14 @@ def _kept(value: Any, clone: bool, depth: int = 3) -> Restore:
         before = copy.copy(value)
         return lambda: _filled(value, before)
     if isinstance(value, dict):
-        items = {key: _kept(item, clone, depth - 1) for key, item in value.items()}
+        items = {key: _saved(item, clone, depth - 1) for key, item in value.items()}
         return lambda: _filled(value, {key: item() for key, item in items.items()})
-    parts = [_kept(item, clone, depth - 1) for item in value]
+    parts = [_saved(item, clone, depth - 1) for item in value]
     return lambda: _filled(value, [part() for part in parts])
 
 
 def _filled(container: Any, contents: Any) -> Any:
-    """The same container with other contents."""
+    """The same container object with other contents."""
     container.clear()
     if isinstance(container, list | deque):
         container.extend(contents)

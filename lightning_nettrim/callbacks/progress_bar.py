@@ -1,4 +1,4 @@
-"""Progress: a bar for what is being done, with the time that is left."""
+"""Progress bar of pruning."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from lightning_nettrim.callbacks.lightning_package import is_a
 
 
 class ProgressBar:
-    """A bar that is called with what is being done and which fraction of it is; a new one for each thing.
+    """A bar for the finished fraction of a phase, with a new bar for each phase.
 
     Args:
-        shown: whether there is anything to be seen.
+        shown: whether a bar is shown.
     """
 
     def __init__(self, shown: bool) -> None:
-        self._shown, self._doing = shown, ""
+        self._shown, self._phase = shown, ""
         self._bar: tqdm | None = None
 
-    def __call__(self, doing: str, fraction: float) -> None:
-        """Move the bar."""
+    def __call__(self, phase: str, fraction: float) -> None:
+        """Set the finished fraction of a phase."""
         if not self._shown:
             return
-        if self._bar is None or doing != self._doing:
+        if self._bar is None or phase != self._phase:
             self.close()
             line = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}, {remaining} left"
-            self._doing, self._bar = doing, tqdm(desc=f"NetTrim, {doing}", total=1.0, bar_format=line, leave=False)
+            self._phase, self._bar = phase, tqdm(desc=f"NetTrim, {phase}", total=1.0, bar_format=line, leave=False)
         self._bar.update(fraction - self._bar.n)
 
     def clear(self) -> None:
-        """Make room for a line; the next move draws the bar again."""
+        """Clear the bar for a line of text; the next update draws it again."""
         if self._bar is not None:
             self._bar.clear()
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None
@@ -46,9 +46,9 @@ class ProgressBar:
 
 @contextmanager
 def shown_progress(trainer: pl.Trainer) -> Iterator[ProgressBar]:
-    """A `with` in which a bar can be moved; it is shown where the trainer shows such bars, on the first process.
+    """A `with` that yields a progress bar, shown on the first process if the Trainer shows tqdm bars.
 
-    Where the trainer's bar is rich's, which redraws the whole terminal, there are the lines of the layers alone.
+    The Trainer's rich bar redraws the whole terminal, so that no second bar can be shown beside it.
     """
     bar = ProgressBar(is_a(trainer.progress_bar_callback, "TQDMProgressBar") and trainer.is_global_zero)
     try:

@@ -1,4 +1,4 @@
-"""Folder: where a run writes, which no other run does."""
+"""The folder of a run."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 NAME, RUNNING = "nettrim", "running"
-"""Of the folder, and of the file in it that names the process that is working there."""
+"""Name of the folder, and of the file in it that names the process that uses it."""
 
 
 def root(trainer: pl.Trainer) -> Path | None:
-    """The folder of a run, where its checkpoints lie too; ``None`` where a trainer is not meant to write anything.
+    """The folder of a run, as for its checkpoints; ``None`` if the Trainer must not write anything.
 
-    It is that of the first logger, by its folder, name and version; without a logger, the trainer's default folder.
+    It is the folder of the first logger, from its save_dir, name and version, or the Trainer's default folder.
     """
     where = None
     if not (trainer.fast_dev_run or trainer.barebones):  # type: ignore[attr-defined]
@@ -36,7 +36,7 @@ def _of_logger(trainer: pl.Trainer, logger: Any) -> Path:
 
 
 def claim(trainer: pl.Trainer) -> Path | None:
-    """A new folder ``nettrim`` of this run, or ``nettrim_1`` and so on where there is one; ``None`` as for `root`."""
+    """Create the folder ``nettrim`` of this run, or ``nettrim_1`` and so on if it exists; ``None`` as for `root`."""
     where = root(trainer)
     if where is None:
         return None
@@ -55,7 +55,11 @@ def claim(trainer: pl.Trainer) -> Path | None:
 
 
 def check_writable(trainer: pl.Trainer) -> None:
-    """Raise MisconfigurationException for a folder that cannot be made."""
+    """Check that the folder of the run can be created.
+
+    Raises:
+        MisconfigurationException: if it cannot.
+    """
     where = root(trainer)
     while where is not None and not where.exists() and where != where.parent:
         where = where.parent
@@ -64,21 +68,21 @@ def check_writable(trainer: pl.Trainer) -> None:
 
 
 def interrupted(trainer: pl.Trainer, folder: Path) -> list[Path]:
-    """Where runs beside this one that have ended have left finished layers, the latest first."""
+    """Folders with finished layers of interrupted runs beside this one, the latest first."""
     patterns = [(folder.parent, f"{NAME}*/layers")]
-    if trainer.loggers:  # beside a run there are others of the same logger
+    if trainer.loggers:  # other runs of the same logger are in sibling folders
         patterns.append((folder.parent.parent, f"*/{NAME}*/layers"))
     found = {path for where, pattern in patterns for path in where.glob(pattern) if not _running(path.parent)}
     return sorted(found, key=os.path.getmtime, reverse=True)
 
 
 def release(folder: Path) -> None:
-    """Say that no process is working in a folder any more."""
+    """Mark that no process uses a folder any more."""
     (folder / RUNNING).unlink(missing_ok=True)
 
 
 def _running(folder: Path) -> bool:
-    """Whether another process of this machine is working in a folder."""
+    """Whether another process of this machine uses a folder."""
     try:
         host, pid = (folder / RUNNING).read_text(encoding="utf-8").split()
         os.kill(int(pid), 0)

@@ -1,4 +1,4 @@
-"""Steps: calibration batches run through a LightningModule's own step, of which nothing remains."""
+"""Calibration batches run through a step of a LightningModule, without side effects."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from lightning_nettrim.layers import Layer, masking
 log = logging.getLogger(__name__)
 
 STEPS = ("calibration_step", "validation_step", "training_step", "predict_step")
-"""In the order in which they are tried."""
+"""Steps in the order in which they are tried."""
 
 _STAGES = {"training_step": "TRAINING", "predict_step": "PREDICTING"}
 
 
 class LoadedBatch(NamedTuple):
-    """A batch and the number of the loader that it comes from."""
+    """A batch and the index of the loader that it comes from."""
 
     batch: Any
     dataloader_idx: int = 0
 
 
 class StepForward:
-    """Runs a batch through a step of a module, without a trace.
+    """Runs a batch through a step of a module, without side effects.
 
-    `self.log` and loggers are mute, optimizers and schedulers do nothing, and metrics and attributes are put back, as
-    are the parameters and buffers that the step changes itself (momentum encoders, queues, counters).
+    `self.log` and loggers log nothing, optimizers and schedulers do nothing, and metrics and attributes are restored,
+    as are the parameters and buffers that the step changes itself (momentum encoders, queues, counters).
 
     Args:
         trainer: of the module.
@@ -49,7 +49,7 @@ class StepForward:
         self._trainer, self.step, self._changed = trainer, step, list(changed)
 
     def __call__(self, model: nn.Module, loaded: LoadedBatch) -> Any:
-        """What the step returns."""
+        """Run the step and return its result."""
         function = getattr(model, self.step)
         names = [*inspect.signature(function).parameters]
         arguments: list[Any] = [loaded.batch]
@@ -61,7 +61,7 @@ class StepForward:
         own_dtype = "true" in str(precision.precision)
         with (
             preserved(model),
-            _put_back(model, self._changed) if self._changed else nullcontext(),
+            _restored(model, self._changed) if self._changed else nullcontext(),
             muted(self._trainer, model, _STAGES.get(self.step, "VALIDATING")),
             precision.forward_context() if own_dtype else nullcontext(),
         ):
@@ -70,7 +70,7 @@ class StepForward:
 
 @contextmanager
 def muted(trainer: pl.Trainer, module: nn.Module, stage: str) -> Iterator[None]:
-    """A `with` in which a module logs nothing, trains nothing and exchanges nothing with other processes."""
+    """A `with` in which a module logs nothing, trains nothing and does not communicate with other processes."""
     state, loggers = trainer.state.stage, trainer.loggers
     with ExitStack() as stack:
         stack.callback(setattr, trainer, "loggers", loggers)
@@ -86,8 +86,8 @@ def muted(trainer: pl.Trainer, module: nn.Module, stage: str) -> Iterator[None]:
 
 
 @contextmanager
-def _put_back(module: nn.Module, names: list[str]) -> Iterator[None]:
-    """A `with` after which some parameters and buffers are as before."""
+def _restored(module: nn.Module, names: list[str]) -> Iterator[None]:
+    """A `with` after which some parameters and buffers have their former values."""
     before = masking.clone(module, names)
     try:
         yield
@@ -96,9 +96,9 @@ def _put_back(module: nn.Module, names: list[str]) -> Iterator[None]:
 
 
 @contextmanager
-def _replaced(thing: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
+def _replaced(instance: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
     """A `with` in which an object has other attributes."""
-    own = vars(thing)
+    own = vars(instance)
     before = {name: own[name] for name in attributes if name in own}
     own.update(attributes)
     try:
@@ -110,10 +110,10 @@ def _replaced(thing: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
 
 
 def _inert_methods(module: Any) -> dict[str, Any]:
-    """In place of the methods of a module by which a step has effects."""
+    """Replacements for the methods of a module by which a step has side effects."""
     real_optimizers, real_schedulers = module.optimizers, module.lr_schedulers
 
-    def nothing(*args: Any, **kwargs: Any) -> None:
+    def no_op(*args: Any, **kwargs: Any) -> None:
         return None
 
     def optimizers(*args: Any, **kwargs: Any) -> Any:
@@ -125,8 +125,8 @@ def _inert_methods(module: Any) -> dict[str, Any]:
     def all_gather(data: Any, *args: Any, **kwargs: Any) -> Any:
         return tree_map(lambda leaf: leaf.unsqueeze(0) if isinstance(leaf, Tensor) else leaf, data)
 
-    quiet = ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
-    return dict.fromkeys(quiet, nothing) | {
+    silenced = ("log", "log_dict", "manual_backward", "toggle_optimizer", "untoggle_optimizer", "clip_gradients")
+    return dict.fromkeys(silenced, no_op) | {
         "optimizers": optimizers, "lr_schedulers": lr_schedulers, "all_gather": all_gather,
         "toggled_optimizer": lambda *args, **kwargs: nullcontext(),
     }  # fmt: skip
@@ -137,7 +137,7 @@ def _inert(real: Any) -> Any:
 
 
 class _Inert:
-    """An optimizer or a scheduler that can be read but does nothing; a closure is run, as a step would run it."""
+    """An optimizer or a scheduler that can be read but does nothing, except that it runs a closure."""
 
     def __init__(self, real: Any) -> None:
         self._real = real
@@ -160,41 +160,41 @@ def choose_step(
     module: pl.LightningModule,
     layers: Mapping[str, Layer],
     loaded: LoadedBatch,
-    wanted: str | None,
+    requested: str | None,
 ) -> StepForward:
-    """The step that calibration batches run through: the one asked for, or the first one that can.
+    """The step that calibration batches run through: the requested one, or the first one that can be used.
 
-    A step can if it takes the batch and calls a layer that is to be pruned.
+    A step can be used if it accepts the batch and calls a layer that is to be pruned.
 
     Raises:
         ValueError: if there is none, with the reason for each.
     """
     reasons: dict[str, str] = {}
-    for step in (step for step in STEPS if overridden(module, step)) if wanted is None else [wanted]:
+    for step in (step for step in STEPS if overridden(module, step)) if requested is None else [requested]:
         if not overridden(module, step):
             reasons[step] = "there is no such step"
             continue
-        reason, changed = _tried(trainer, module, layers, loaded, step)
+        reason, changed = _try_step(trainer, module, layers, loaded, step)
         if not reason:
             if reasons:
-                log.info("NetTrim: calibration batches run through %s (%s)", step, _listed(reasons))
+                log.info("NetTrim: calibration batches run through %s (%s)", step, _list(reasons))
             return StepForward(trainer, step, changed)
         reasons[step] = reason
     raise ValueError(
-        f"calibration_step: expected a step of {type(module).__name__} that takes a calibration batch, got none"
-        f" ({_listed(reasons) or 'it has none'}): define calibration_step(self, batch), which runs what is to be"
-        " recorded, or name another step"
+        f"calibration_step: expected a step of {type(module).__name__} that accepts a calibration batch, got none"
+        f" ({_list(reasons) or 'it has none'}): define calibration_step(self, batch), which runs the network on"
+        " a batch, or name another step"
     )
 
 
-def _listed(reasons: Mapping[str, str]) -> str:
+def _list(reasons: Mapping[str, str]) -> str:
     return "; ".join(f"{step}: {reason}" for step, reason in reasons.items())
 
 
-def _tried(
+def _try_step(
     trainer: pl.Trainer, module: pl.LightningModule, layers: Mapping[str, Layer], loaded: LoadedBatch, step: str
 ) -> tuple[str, list[str]]:
-    """Why a step cannot be used, empty if it can, and what it has changed, which is put back."""
+    """Why a step cannot be used, empty if it can, and which tensors it changes; their values are restored."""
     own, called = {**dict(module.named_parameters()), **dict(module.named_buffers())}, []
     before = masking.clone(module, list(own))
     with evaluation_mode(module), ExitStack() as stack:
@@ -204,7 +204,7 @@ def _tried(
         try:
             CalibrationBatch(loaded, StepForward(trainer, step))(module)
             reason = "" if called else "it calls no layer that is to be pruned"
-        except Exception as error:  # whatever a step raises on a batch that is none of its own
+        except Exception as error:  # of any kind, on a batch of another form
             reason = f"it raised {type(error).__name__}: {error}"
     changed = [name for name, tensor in own.items() if not torch.equal(tensor, before[name])]
     masking.assign(module, {name: before[name] for name in changed})

@@ -1,4 +1,4 @@
-"""Compare: validation passes of one network beside another, each into its own run of the user's loggers."""
+"""Validation passes of the dense and the pruned network, each logged to its own run of the user's loggers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lightning_nettrim.callbacks.preserve import preserved
 
 
 class ValidationMetrics(NamedTuple):
-    """The metrics of one pass over the validation data: those that were logged, and all that a monitor can name."""
+    """The metrics of one pass over the validation data: the logged ones, and all that can be monitored."""
 
     logged: dict[str, float]
     monitored: dict[str, float]
 
 
 def sibling(trainer: pl.Trainer, logger: Logger, name: str) -> Any:
-    """A logger of the same kind in the folder ``name`` of this logger's run; a mute one for kinds without folders."""
+    """A logger of the same kind in the folder ``name`` of a logger's run; one that logs nothing for other kinds."""
     for cls in type(logger).__mro__:
         if cls.__name__ == "TensorBoardLogger":
             return cls(logger.log_dir, name="", version=name, default_hp_metric=False)
@@ -33,12 +33,12 @@ def sibling(trainer: pl.Trainer, logger: Logger, name: str) -> Any:
 
 
 @contextmanager
-def apart(trainer: pl.Trainer, loggers: list[Any]) -> Iterator[None]:
-    """A `with` in which the trainer has these loggers and no callbacks; its stage and its metrics are put back.
+def isolated(trainer: pl.Trainer, loggers: list[Any]) -> Iterator[None]:
+    """A `with` in which the Trainer has these loggers and no callbacks; its stage and metrics are restored.
 
-    A progress bar stays, without its hooks: rich draws it from a thread of its own, which asks the trainer for it.
+    A progress bar is kept, without its hooks, because rich draws it from a thread of its own.
     """
-    kept = trainer.loggers, trainer.callbacks, trainer.state.stage  # type: ignore[attr-defined]
+    before = trainer.loggers, trainer.callbacks, trainer.state.stage  # type: ignore[attr-defined]
     connector = trainer._logger_connector
     metrics = {name: dict(getattr(connector, name)) for name in _METRICS}
     bar = trainer.progress_bar_callback
@@ -48,14 +48,14 @@ def apart(trainer: pl.Trainer, loggers: list[Any]) -> Iterator[None]:
     try:
         yield
     finally:
-        trainer.loggers, trainer.callbacks, trainer.state.stage = kept  # type: ignore[attr-defined]
+        trainer.loggers, trainer.callbacks, trainer.state.stage = before  # type: ignore[attr-defined]
         for name, values in metrics.items():
             getattr(connector, name).clear()
             getattr(connector, name).update(values)
 
 
 def _without_hooks(bar: Any) -> Any:
-    """A progress bar with the same state and no hooks."""
+    """A progress bar with the same state, whose hooks do nothing."""
     kind = type(bar)
     hooks = {name: lambda self, *args, **kwargs: None for name in dir(kind) if name.startswith("on_")}
     silent: Any = object.__new__(type(kind.__name__, (kind,), hooks))
@@ -67,23 +67,23 @@ _METRICS = ("_callback_metrics", "_logged_metrics", "_progress_bar_metrics")
 
 
 def run_validation(trainer: pl.Trainer, name: str | None = None, batches: int | None = None) -> ValidationMetrics:
-    """Metrics of one pass over the validation data, empty without such data.
+    """The metrics of one pass over the validation data; empty without such data.
 
-    They are logged into the sibling runs ``name``, or nowhere if there is no name. Callbacks take no part: early
-    stopping, checkpoints and progress bars see only the user's own validation. Metrics with a state, such as the best
-    value so far, start anew and are as before afterwards.
+    They are logged to the sibling runs ``name``. Callbacks are not called: early stopping, checkpoints and progress
+    bars get only the user's own validation. Metrics with a state, such as the best value so far, are reset for this
+    pass and restored afterwards.
 
     Args:
         trainer: in a ``fit`` or a ``validate``.
-        name: of the sibling runs.
-        batches: of each loader at most; all of them if not given.
+        name: of the sibling runs; ``None`` logs nothing.
+        batches: maximum number of batches of each loader; ``None`` is all.
     """
     fit = fitting(trainer)
     if fit and not trainer.enable_validation:
         return ValidationMetrics({}, {})
     loop: Any = trainer.fit_loop.epoch_loop.val_loop if fit else trainer.validate_loop
     runs = [] if name is None else [sibling(trainer, logger, name) for logger in trainer.loggers]
-    with preserved(trainer.lightning_module, reset=True), apart(trainer, runs), _as_before(loop):
+    with preserved(trainer.lightning_module, reset=True), isolated(trainer, runs), _restored(loop):
         trainer.state.stage = of_package(trainer, "trainer.states", "RunningStage").VALIDATING
         try:
             with _limited(loop, batches):
@@ -100,20 +100,20 @@ def run_validation(trainer: pl.Trainer, name: str | None = None, batches: int | 
 
 
 @contextmanager
-def _as_before(loop: Any) -> Iterator[None]:
-    """A `with` in which a loop prints nothing, and after which it is as before."""
-    kept = loop.verbose, dict(loop._module_mode.mode), copy.deepcopy(loop.batch_progress.state_dict())
+def _restored(loop: Any) -> Iterator[None]:
+    """A `with` in which a loop prints nothing, and after which its state is restored."""
+    before = loop.verbose, dict(loop._module_mode.mode), copy.deepcopy(loop.batch_progress.state_dict())
     loop.verbose = False
     try:
         yield
     finally:
-        loop.verbose, loop._module_mode.mode = kept[:2]
-        loop.batch_progress.load_state_dict(kept[2])
+        loop.verbose, loop._module_mode.mode = before[:2]
+        loop.batch_progress.load_state_dict(before[2])
 
 
 @contextmanager
 def _limited(loop: Any, batches: int | None) -> Iterator[None]:
-    """A `with` in which the loop of a ``fit`` runs over so many batches of each loader at most."""
+    """A `with` in which the loop of a ``fit`` runs over a limited number of batches of each loader."""
     if batches is None:
         yield
         return
@@ -127,11 +127,11 @@ def _limited(loop: Any, batches: int | None) -> Iterator[None]:
 
 
 def averages(trainer: pl.Trainer, metrics: Mapping[str, Tensor]) -> dict[str, float]:
-    """Metrics over all processes; those that were logged with ``sync_dist`` are that already."""
+    """The metrics averaged over all processes; those logged with ``sync_dist`` are equal in all of them."""
     return {key: float(trainer.strategy.reduce(value.clone(), reduce_op="mean")) for key, value in metrics.items()}
 
 
 def restart_validation(trainer: pl.Trainer) -> None:
-    """Let a ``validate`` in whose start hook its data were read begin anew."""
+    """Restart a ``validate`` whose data were read in its start hook."""
     trainer.validate_loop.reset()
     trainer.lightning_module.on_validation_model_eval()

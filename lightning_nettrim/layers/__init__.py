@@ -1,4 +1,4 @@
-"""Modules as matrices: which layers can be pruned, their weights, and their inputs and outputs as rows."""
+"""Layers as matrices: selection of the layers that can be pruned, their weights, and the rows of inputs and outputs."""
 
 from lightning_nettrim.layers.base import Layer, LayerCall, eager_name, joined, solve_dtype
 from lightning_nettrim.layers.registry import layer_type_of, register_layer

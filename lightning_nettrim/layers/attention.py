@@ -1,4 +1,4 @@
-"""The two matrices of ``nn.MultiheadAttention``, whose inputs no hook of a Linear sees."""
+"""The input and output projections of ``nn.MultiheadAttention``, which does not call them as modules."""
 
 from __future__ import annotations
 
@@ -14,14 +14,19 @@ from lightning_nettrim.layers.base import Layer, LayerCall, joined
 
 
 class InProjection(Layer):
-    """The queries, keys and values of self-attention: three matrices of one input, side by side."""
+    """The query, key and value projections of self-attention: three matrices with one input, stacked along M."""
 
     @classmethod
     def from_module(cls, path: str, module: nn.Module) -> Iterator[tuple[str, Layer | str]]:
-        """The input projection and the `OutProjection` of an ``nn.MultiheadAttention``."""
+        """The input projection and the output projection, or the reasons why they cannot be pruned.
+
+        Args:
+            path: name of the module in the model.
+            module: an ``nn.MultiheadAttention``.
+        """
         assert isinstance(module, nn.MultiheadAttention)
         if module.in_proj_weight is None:
-            yield joined(path, "in_proj"), "its queries, keys and values have separate matrices"
+            yield joined(path, "in_proj"), "its query, key and value projections have separate weights"
         else:
             bias = None if module.in_proj_bias is None else "in_proj_bias"
             projection = cls(path, module, "in_proj_weight", bias)
@@ -30,78 +35,92 @@ class InProjection(Layer):
             yield joined(path, "out_proj"), "its weight is computed by a hook or a parametrization: remove that first"
         else:
             bias = None if module.out_proj.bias is None else "out_proj.bias"
-            last = OutProjection(path, module, "out_proj.weight", bias)
-            yield last.name, last
+            out_projection = OutProjection(path, module, "out_proj.weight", bias)
+            yield out_projection.name, out_projection
 
     @classmethod
     def submodules(cls, module: nn.Module) -> list[nn.Module]:
-        """The output projection."""
+        """The output projection module."""
         assert isinstance(module, nn.MultiheadAttention)
         return [module.out_proj]
 
     @property
     def inputs(self) -> int:
-        """The embedding's size."""
+        """N, the embedding dimension."""
         return self.parameter.shape[1]
 
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
-        """Rows of the query; the outputs are computed for the rows asked for.
+        """The rows of the query; the outputs are computed from them, for the selected positions only.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+            output: output of the call.
 
         Raises:
-            ValueError: if query, key and value are not one tensor.
+            ValueError: if query, key and value are not the same tensor.
         """
-        x, *others = _operands(args, kwargs)
-        if any(other is not x for other in others):
+        query, *others = _query_key_value(args, kwargs)
+        if any(other is not query for other in others):
             raise ValueError(
-                f"{self.name}: expected self-attention, where query, key and value are one tensor, got several:"
-                " ignore this layer"
+                f"{self.name}: expected self-attention, where query, key and value are the same tensor, got different"
+                " tensors: ignore this layer"
             )
         bias = None if self.bias is None else self.module.get_parameter(self.bias)
         return LayerCall(
-            x.numel() // x.shape[-1],
-            lambda i: self.take_rows(x, i),
-            lambda i: F.linear(self.take_rows(x, i), self.parameter, bias).detach(),
+            query.numel() // query.shape[-1],
+            lambda i: self.take_rows(query, i),
+            lambda i: F.linear(self.take_rows(query, i), self.parameter, bias).detach(),
             None,
-            tuple(x.shape[:-1]),
+            tuple(query.shape[:-1]),
         )
 
 
 class OutProjection(Layer):
-    """What follows the heads; its input is what the attention answers with the identity in its place."""
+    """The output projection; its inputs are the concatenated outputs of the heads.
+
+    They are obtained from a forward pass of the attention with the identity in place of this projection.
+    """
 
     module: nn.MultiheadAttention
 
     @property
     def inputs(self) -> int:
-        """The embedding's size."""
+        """N, the embedding dimension."""
         return self.parameter.shape[1]
 
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
-        """Rows of the heads' answers and of the output."""
+        """The rows of the concatenated heads and of the output.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+            output: output of the call.
+        """
         heads = None
 
         def inputs(positions: Tensor) -> Tensor:
             nonlocal heads
             if heads is None:
-                heads = self._heads(args, kwargs)
+                heads = self._concatenated_heads(args, kwargs)
             return self.take_rows(heads, positions)
 
-        answer = output[0]
-        shape = tuple(answer.shape[:-1])
-        return LayerCall(math.prod(shape), inputs, lambda i: self.take_rows(answer, i), answer, shape)
+        projected = output[0]
+        shape = tuple(projected.shape[:-1])
+        return LayerCall(math.prod(shape), inputs, lambda i: self.take_rows(projected, i), projected, shape)
 
-    def _heads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The attention without its last matrix, past any hooks."""
-        last, weight, bias = self.module.out_proj, self.module.out_proj.weight, self.module.out_proj.bias
+    def _concatenated_heads(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Output of the attention without its output projection, computed without calling hooks."""
+        out_proj, weight, bias = self.module.out_proj, self.module.out_proj.weight, self.module.out_proj.bias
         try:
-            last.weight = nn.Parameter(torch.eye(len(weight)).to(weight), requires_grad=False)
-            last.bias = None if bias is None else nn.Parameter(torch.zeros_like(bias), requires_grad=False)
+            out_proj.weight = nn.Parameter(torch.eye(len(weight)).to(weight), requires_grad=False)
+            out_proj.bias = None if bias is None else nn.Parameter(torch.zeros_like(bias), requires_grad=False)
             return self.module.forward(*args, **kwargs)[0]
         finally:
-            last.weight, last.bias = weight, bias
+            out_proj.weight, out_proj.bias = weight, bias
 
 
-def _operands(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """Query, key and value."""
-    given = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
-    return [given[name] for name in ("query", "key", "value")]
+def _query_key_value(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Query, key and value among the arguments of a call."""
+    arguments = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+    return [arguments[name] for name in ("query", "key", "value")]

@@ -1,4 +1,4 @@
-"""What a layer is to a pruner: matrices with a bias, and positions at which rows of inputs become rows of outputs."""
+"""Base class of layers: weights as matrices, and inputs and outputs as rows."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, eq=False)
 class LayerCall:
-    """One call of a layer, of which only the asked-for positions are ever laid out as rows.
+    """One call of a layer, whose inputs and outputs are converted to rows at selected positions only.
 
     Attributes:
-        count: positions.
-        inputs: ``(n,)`` positions to ``(n, groups·N)`` rows of inputs, without the bias column.
-        outputs: ``(n,)`` positions to ``(n, groups·M)`` rows of outputs, before anything that follows.
-        tensor: the output itself, by which what follows is found; ``None`` where no hook sees it.
-        shape: the leading dimensions whose product the positions are; empty where positions are no tokens.
+        count: number of positions, each of which has one row of inputs and one row of outputs.
+        inputs: function that maps ``(n,)`` positions to ``(n, groups·N)`` rows of inputs, without the bias column.
+        outputs: function that maps ``(n,)`` positions to ``(n, groups·M)`` rows of outputs, before the operations that
+            follow the layer.
+        tensor: the output tensor, from which the operations that follow are traced; ``None`` if it is not the output
+            of a module.
+        shape: leading dimensions, whose product is ``count``; empty if the positions are not tokens.
     """
 
     count: int
@@ -32,14 +34,14 @@ class LayerCall:
 
 @dataclass(frozen=True, eq=False)
 class Layer(ABC):
-    """The weights of one or more modules, as ``groups`` matrices of ``inputs`` by ``outputs``.
+    """The weight of a module, as ``groups`` matrices of size N × M, and its bias.
 
     Attributes:
         path: name of the module in the model.
-        module: whose forward pass is listened to.
-        weight: where its weight lies in the module.
-        bias: the same of its bias; ``None`` where it has none.
-        aliases: the same layer of other modules that have the very same parameters.
+        module: the module; a hook on it records its calls.
+        weight: name of the weight parameter in the module.
+        bias: name of the bias parameter in the module; ``None`` if there is none.
+        aliases: layers of other modules that share the parameters of this layer.
     """
 
     path: str
@@ -49,18 +51,21 @@ class Layer(ABC):
     aliases: tuple[Layer, ...] = ()
 
     is_plain_matrix: ClassVar[bool] = False
-    """Whether each output row is an input row times the matrix, and nothing else, as for ``nn.Linear``."""
+    """Whether the rows of the output are the rows of the input times the matrix, as for ``nn.Linear``."""
 
     @classmethod
     def from_module(cls, path: str, module: nn.Module) -> Iterator[tuple[str, Layer | str]]:
-        """The layers of a module by name, each with the reason instead if it cannot be pruned.
+        """The layers of a module.
 
         Args:
             path: name of the module in the model.
-            module: of a class that this layer type is registered for.
+            module: module of a class that this layer type is registered for.
+
+        Yields:
+            The name of each layer with the layer or, if it cannot be pruned, the reason.
         """
-        weight = _own_parameter(module, "weight")
-        bias = None if getattr(module, "bias", None) is None else _own_parameter(module, "bias")
+        weight = _parameter_key(module, "weight")
+        bias = None if getattr(module, "bias", None) is None else _parameter_key(module, "bias")
         if weight is None or (bias is None and getattr(module, "bias", None) is not None):
             yield path, "its weight is computed by a hook: remove weight_norm or spectral_norm from the layer first"
         else:
@@ -68,128 +73,164 @@ class Layer(ABC):
 
     @classmethod
     def submodules(cls, module: nn.Module) -> list[nn.Module]:
-        """Submodules of a module whose parameters belong to its layers, so that they are no layers of their own."""
+        """Submodules whose parameters belong to the layers of the module, so that they are not separate layers."""
         return []
 
     @property
     def name(self) -> str:
-        """Name of the module, followed by the name of the weight if the module has several."""
+        """Name of the module in the model, followed by the name of the weight if the module has several."""
         return joined(self.path, self.weight.removesuffix("_orig").removesuffix("weight").rstrip("._"))
 
     @property
     def groups(self) -> int:
-        """Matrices."""
+        """Number of matrices."""
         return 1
 
     @property
     @abstractmethod
     def inputs(self) -> int:
-        """N of each matrix."""
+        """N, the number of inputs of each matrix."""
 
     @property
     def outputs(self) -> int:
-        """M of each matrix."""
+        """M, the number of outputs of each matrix."""
         return self.parameter.numel() // (self.groups * self.inputs)
 
     @property
     def parameter(self) -> Tensor:
-        """The weight, in the module's own form."""
+        """The weight parameter, in the shape that the module uses."""
         return self.module.get_parameter(self.weight)
 
     def parameter_names(self, bias: bool = True) -> list[str]:
-        """Of its parameters in the model: the weight and, if it is asked for, the bias."""
-        own = [self.weight, *([self.bias] if bias and self.bias is not None else [])]
-        return [joined(self.path, key) for key in own]
+        """Names of the parameters in the model.
+
+        Args:
+            bias: include the bias, if there is one.
+        """
+        keys = [self.weight, *([self.bias] if bias and self.bias is not None else [])]
+        return [joined(self.path, key) for key in keys]
 
     @property
     def kind(self) -> str:
-        """The class of the module."""
+        """Name of the class of the module."""
         return type(self.module).__name__
 
     @abstractmethod
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
-        """One call of the module, as its hook gets it."""
+        """Describe one call of the module; called in its forward hook.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+            output: output of the call.
+
+        Raises:
+            ValueError: if the layer cannot be pruned when it is called in this way, with the reason.
+        """
 
     def channels_second(self, output: Tensor) -> bool:
-        """Whether the second dimension of the output is that of the layer's outputs."""
+        """Whether the second dimension of the output tensor is the one of size groups·M."""
         return output.dim() == 2
 
     def take_rows(self, output: Tensor, positions: Tensor) -> Tensor:
-        """``(n, groups·M)``: rows of a tensor that lies as the output does."""
+        """``(n, groups·M)``: rows of a tensor at some positions.
+
+        Args:
+            output: tensor with the shape of the layer's output.
+            positions: ``(n,)`` indices of the rows.
+        """
         return output.detach().reshape(-1, output.shape[-1])[positions.to(output.device)]
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """``(groups, N, M)`` from the weight's own form."""
+        """Convert a tensor with the shape of the weight parameter to ``(groups, N, M)``."""
         return weight.reshape(self.groups, self.outputs, self.inputs).mT
 
     def from_matrix(self, W: Tensor) -> Tensor:
-        """The weight's own form; `to_matrix` turned round."""
+        """Convert ``(groups, N, M)`` to the shape of the weight parameter; the inverse of `to_matrix`."""
         return W.mT.reshape(self.parameter.shape)
 
     def matrix(self) -> Tensor:
-        """``(groups, N, M)`` weights, or ``(groups, N + 1, M)`` with the bias as the last row; a copy."""
-        W = self.to_matrix(self._effective(self.weight))
+        """``(groups, N, M)``, or ``(groups, N + 1, M)`` with the bias as the last row: a copy of the weights."""
+        W = self.to_matrix(self._masked_parameter(self.weight))
         if self.bias is not None:
-            W = torch.cat([W, self.per_output(self._effective(self.bias))], -2)
+            W = torch.cat([W, self.per_output(self._masked_parameter(self.bias))], -2)
         return W.to(solve_dtype(W.dtype), copy=True)
 
     def per_output(self, values: Tensor) -> Tensor:
-        """``(groups, 1, M)`` of one value for each output."""
+        """Reshape ``(groups·M,)``, one value per output, to ``(groups, 1, M)``."""
         return values.reshape(self.groups, 1, self.outputs)
 
     def to_parameters(self, W: Tensor) -> dict[str, Tensor]:
-        """The matrices as the module's own parameters, under their names in the model; `matrix` turned round."""
+        """Convert matrices to parameters; the inverse of `matrix`.
+
+        Args:
+            W: ``(groups, N, M)``, or ``(groups, N + 1, M)`` with the bias as the last row.
+
+        Returns:
+            ``{name: values}`` of the parameters and of the masks of ``torch.nn.utils.prune``, by name in the model.
+        """
         parts = [self.from_matrix(W[:, : self.inputs]), W[:, -1].reshape(-1)]
         values = dict(zip(self.parameter_names(), parts, strict=False))
-        return values | {_mask(name): (value != 0).to(W.dtype) for name, value in values.items() if _mask(name)}
+        return values | {
+            _mask_name(name): (value != 0).to(W.dtype) for name, value in values.items() if _mask_name(name)
+        }
 
     @property
     def written_names(self) -> list[str]:
-        """Names of all parameters and buffers of the model that `parameters` has values for."""
-        return [*self.parameter_names(), *filter(None, map(_mask, self.parameter_names()))]
+        """Names of all parameters and buffers of the model that `to_parameters` returns values for."""
+        return [*self.parameter_names(), *filter(None, map(_mask_name, self.parameter_names()))]
 
-    def _effective(self, key: str) -> Tensor:
-        """A parameter as the forward pass uses it, masked where ``torch.nn.utils.prune`` does so."""
+    def _masked_parameter(self, key: str) -> Tensor:
+        """A parameter, multiplied by its mask if ``torch.nn.utils.prune`` has added one."""
         value = self.module.get_parameter(key).detach()
-        return value * self.module.get_buffer(_mask(key)) if _mask(key) else value
+        return value * self.module.get_buffer(_mask_name(key)) if _mask_name(key) else value
 
     def penalty(self, like: Tensor) -> Tensor:
-        """``(N + 1,)``: 1 for the rows of the weight, 0 for the row of a free bias."""
+        """``(N + 1,)``: weights λ of the ℓ1 norm if the bias is not pruned, 1 for the weight and 0 for the bias.
+
+        Args:
+            like: tensor with the dtype and device of the result.
+        """
         return torch.cat([like.new_ones(self.inputs), like.new_zeros(1)])
 
     def to_rows(self, X: Tensor, ones: bool) -> Tensor:
-        """``(groups, P, N)`` or, with a column of ones, ``(groups, P, N + 1)``, in the solve's dtype."""
+        """``(groups, P, N)`` or, with a column of ones, ``(groups, P, N + 1)``: inputs of each matrix in `solve_dtype`.
+
+        Args:
+            X: ``(P, groups·N)`` recorded inputs.
+            ones: append a column of ones.
+        """
         X = X.to(solve_dtype(X.dtype)).unflatten(-1, (self.groups, self.inputs)).movedim(-2, 0)
         return torch.cat([X, X.new_ones(*X.shape[:-1], 1)], -1) if ones else X.contiguous()
 
     def to_columns(self, Z: Tensor) -> Tensor:
-        """``(groups, P, M)`` from ``(P, groups·M)``, in the solve's dtype."""
+        """Convert ``(P, groups·M)`` recorded outputs to ``(groups, P, M)`` in `solve_dtype`."""
         Z = Z.to(solve_dtype(Z.dtype)).unflatten(-1, (self.groups, self.outputs))
         return Z.movedim(-2, 0).contiguous()
 
 
-def _own_parameter(module: nn.Module, key: str) -> str | None:
-    """The name of a parameter, which `torch.nn.utils.prune` changes; ``None`` if it is computed by something else."""
+def _parameter_key(module: nn.Module, key: str) -> str | None:
+    """Name of a parameter in a module, also if ``torch.nn.utils.prune`` has renamed it; ``None`` if it is computed."""
     if key in module._parameters:
         return key
     return f"{key}_orig" if f"{key}_orig" in module._parameters and f"{key}_mask" in module._buffers else None
 
 
-def _mask(name: str) -> str:
-    """The name of the mask that ``torch.nn.utils.prune`` keeps beside a parameter; empty where there is none."""
+def _mask_name(name: str) -> str:
+    """Name of the mask that ``torch.nn.utils.prune`` has added for a parameter; empty if there is none."""
     return f"{name.removesuffix('_orig')}_mask" if name.endswith("_orig") else ""
 
 
 def eager_name(name: str) -> str:
-    """The name that a module or a parameter has where nothing is compiled."""
+    """Name of a module or parameter without the prefixes that ``torch.compile`` adds."""
     return ".".join(part for part in name.split(".") if part != "_orig_mod")
 
 
 def joined(*parts: str) -> str:
-    """Dotted, without the empty ones."""
+    """Join the parts of a name with dots, without empty ones."""
     return ".".join(part for part in parts if part)
 
 
 def solve_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything else."""
+    """Dtype in which layers of a dtype are solved: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""What follows a layer in a forward pass: BatchNorm, residual residual_sums, an activation."""
+"""The operations that follow a layer in a forward pass: BatchNorm, residual sums, an activation."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from lightning_nettrim.core.activation import Rectifier
 
 @dataclass(frozen=True)
 class LayerContext:
-    """How one layer is used in a forward pass: how often, and all that its output meets before others read it.
+    """How a layer is used in a forward pass: number of calls, and the operations between its output and its response.
 
     Attributes:
-        calls: in one forward pass.
-        batchnorm: name of the BatchNorm that it goes through first, by its running statistics.
-        residual_sums: residual residual_sums that it goes through then.
-        rectifier: what it meets last; ``None`` where its response is linear.
+        calls: maximum number of calls in one forward pass.
+        batchnorm: name of the BatchNorm with running statistics that is applied first; ``None`` if there is none.
+        residual_sums: number of residuals that are added after it.
+        rectifier: activation that is applied last; ``None`` if the response is linear.
     """
 
     calls: int
@@ -24,12 +24,12 @@ class LayerContext:
     rectifier: Rectifier | None = None
 
     def __str__(self) -> str:
-        """What follows, in words."""
-        steps = [*(["BatchNorm"] if self.batchnorm is not None else []), *["sum"] * self.residual_sums]
-        return ", ".join([*steps, str(self.rectifier or "linear")])
+        """The operations in order, separated by commas."""
+        operations = [*(["BatchNorm"] if self.batchnorm is not None else []), *["sum"] * self.residual_sums]
+        return ", ".join([*operations, str(self.rectifier or "linear")])
 
     def equals(self, other: LayerContext) -> bool:
-        """Whether the same follows, however often the layer is called."""
+        """Whether the same operations follow; the numbers of calls may differ."""
         if (self.batchnorm, self.residual_sums) != (other.batchnorm, other.residual_sums):
             return False
         if self.rectifier is None or other.rectifier is None:

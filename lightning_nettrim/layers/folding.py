@@ -1,4 +1,4 @@
-"""Fold: a layer's matrices as what follows it sees them, behind its BatchNorm, and back into its own parameters."""
+"""Folding of the BatchNorm that follows a layer into the layer's matrices, and back into the parameters."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from lightning_nettrim.layers import Layer, joined
 from lightning_nettrim.layers.context import LayerContext
 
 MIN_SCALE = 1e-3
-"""A BatchNorm's scale counts as this fraction of the largest one at least: what it shuts off still has weights."""
+"""Smallest scale of a BatchNorm that is folded, relative to the largest of the layer, so that folding is invertible."""
 
 
 @dataclass(frozen=True, eq=False)
 class FoldedLayer:
-    """u = (XW)·scale + shift + R, then the rectifier: R is what residual sums add.
+    """A layer with the BatchNorm that follows: response = act(u), u = (XW)·scale + shift + R, with a residual R.
 
-    A BatchNorm γ(z − μ)/σ + β has scale γ/σ and shift β − μγ/σ. The shift joins the bias in the last row of the matrix,
-    on a column of has_ones, where there is a parameter that can take it: β, or else the layer's own bias. A bias that may
-    be pruned stays what it is.
+    A BatchNorm γ(z − μ)/σ + β has scale γ/σ and shift β − μγ/σ. The folded matrices are W·scale. If the bias is not
+    pruned and there is a parameter that can absorb the shift (β, otherwise the layer's own bias), the shift is part of
+    the last row of the folded matrices, which is multiplied by a column of ones. Otherwise it is an offset.
 
     Attributes:
-        layer: whose matrices.
-        W: ``(groups, N or N + 1, M)`` the layer's own trained matrices.
-        scale: ``(groups, 1, M)``.
-        shift: ``(groups, 1, M)``.
-        rectifier: what comes last; ``None`` is nothing.
-        bias_parameter: the parameter that takes a change of the last row, by name, ``None`` where it is the layer's bias.
-        beta: its trained value, ``(groups, 1, M)``.
-        has_ones: whether there is a last row, on a column of has_ones.
-        shift_in_bias: whether the last row holds the shift as well; it is no weight then, and has no penalty.
-        active: ``(groups, 1, M)`` bool, where the BatchNorm lets anything through.
+        layer: the layer.
+        W: ``(groups, N or N + 1, M)`` the trained matrices of the layer, not folded.
+        scale: ``(groups, 1, M)`` scale of the BatchNorm; 1 without BatchNorm.
+        shift: ``(groups, 1, M)`` shift of the BatchNorm; 0 without BatchNorm.
+        rectifier: activation that is applied last; ``None`` if the response is linear.
+        bias_parameter: name of the β that absorbs changes of the last row; ``None`` if the layer's own bias does.
+        beta: ``(groups, 1, M)`` trained value of ``bias_parameter``; ``None`` if there is none.
+        has_ones: whether the folded matrices have a last row that is multiplied by a column of ones.
+        shift_in_bias: whether the shift is part of the last row, which then has no penalty.
+        active: ``(groups, 1, M)`` bool, where the scale of the BatchNorm is not negligible (see `MIN_SCALE`).
     """
 
     layer: Layer
@@ -50,10 +50,17 @@ class FoldedLayer:
 
     @classmethod
     def create(cls, layer: Layer, context: LayerContext, model: nn.Module, penalize_bias: bool) -> FoldedLayer:
-        """What follows a layer, by the parameters that the model has now."""
+        """Fold a layer with the current parameters of the model.
+
+        Args:
+            layer: the layer.
+            context: what follows it.
+            model: the model.
+            penalize_bias: whether the bias is pruned like a weight; the shift is then not folded into it.
+        """
         W = layer.matrix()
         like = W[:, :1]
-        scale, shift, active = _passed(layer, context, model, like)
+        scale, shift, active = _batchnorm_affine(layer, context, model, like)
         bias_parameter, beta = None, None
         if context.batchnorm is not None and not penalize_bias:
             norm: Any = model.get_submodule(context.batchnorm)
@@ -68,19 +75,24 @@ class FoldedLayer:
         return cls(layer, W, scale, shift, rectifier, bias_parameter, beta, has_ones, shift_in_bias, active)
 
     def updated(self, context: LayerContext, model: nn.Module) -> FoldedLayer:
-        """The same fold by the BatchNorm as it is now, whose parameters a solution changes."""
+        """Replace scale and shift by the current ones of the BatchNorm, which solutions of layers change.
+
+        Args:
+            context: what follows the layer.
+            model: the model.
+        """
         if context.batchnorm is None:
             return self
-        scale, shift, active = _passed(self.layer, context, model, self.scale)
+        scale, shift, active = _batchnorm_affine(self.layer, context, model, self.scale)
         return replace(self, scale=scale, shift=shift, active=active)
 
     @property
     def written_names(self) -> list[str]:
-        """Names of the parameters that a solve may change."""
+        """Names of the parameters and buffers that a solution may change."""
         return [*self.layer.written_names, *([] if self.bias_parameter is None else [self.bias_parameter])]
 
     def fold_weights(self, W: Tensor) -> Tensor:
-        """``(groups, N or N + 1, M)`` from the layer's own matrices."""
+        """Fold ``(groups, N or N + 1, M)`` matrices of the layer; the result has a last row if ``has_ones``."""
         folded = W * self.scale
         if self.has_ones and self.layer.bias is None:
             folded = torch.cat([folded, torch.zeros_like(self.shift)], -2)
@@ -89,48 +101,62 @@ class FoldedLayer:
         return folded
 
     def matrix(self) -> Tensor:
-        """The trained weights, folded."""
+        """``(groups, N or N + 1, M)``: the folded trained weights."""
         return self.fold_weights(self.W)
 
     def input_rows(self, X: Tensor) -> Tensor:
-        """``(groups, P, N or N + 1)``: recorded inputs, with the column of has_ones that the last row needs."""
+        """``(groups, P, N or N + 1)``: recorded inputs ``(P, groups·N)``, with a column of ones if ``has_ones``."""
         return self.layer.to_rows(X, self.has_ones)
 
     def offset(self, R: Tensor | None) -> Tensor | None:
-        """``(groups, P or 1, M)``: what is added to XW before the rectifier; ``None`` is nothing."""
+        """``(groups, P or 1, M)``: what is added to the products with the folded matrices; ``None`` is zero.
+
+        Args:
+            R: ``(P, groups·M)`` recorded residual; ``None`` if there is none.
+        """
         residual = None if R is None else self.layer.to_columns(R)
         if self.shift_in_bias or not bool(self.shift.any()):
             return residual
         return self.shift if residual is None else residual + self.shift
 
     def response(self, Z: Tensor, R: Tensor | None) -> Tensor:
-        """``(groups, P, M)``: the response to recorded outputs, which stay as they are."""
+        """``(groups, P, M)``: the response of the layer, computed from its recorded outputs, which are not modified.
+
+        Args:
+            Z: ``(P, groups·M)`` recorded outputs.
+            R: ``(P, groups·M)`` recorded residual; ``None`` if there is none.
+        """
         U = torch.addcmul(self.shift, self.layer.to_columns(Z), self.scale)
         if R is not None:
             U.add_(self.layer.to_columns(R))
         return U if self.rectifier is None else self.rectifier(U)
 
     def to_parameters(self, W: Tensor) -> dict[str, Tensor]:
-        """Folded matrices as parameters of the model, by name; `fold` turned round."""
+        """``{name: values}``: convert folded matrices to parameters of the model; the inverse of `fold_weights`."""
         layer = self.layer
-        own = W[:, : layer.inputs] / self.scale
+        weights = W[:, : layer.inputs] / self.scale
         if layer.bias is None:
-            values = layer.to_parameters(own)
+            values = layer.to_parameters(weights)
         else:
-            trained = self.W[:, -1:]
-            row = W[:, -1:] - self.shift if self.shift_in_bias else W[:, -1:]
-            values = layer.to_parameters(
-                torch.cat([own, trained if self.bias_parameter is not None else row / self.scale], -2)
-            )
+            trained_bias = self.W[:, -1:]
+            last_row = W[:, -1:] - self.shift if self.shift_in_bias else W[:, -1:]
+            bias = trained_bias if self.bias_parameter is not None else last_row / self.scale
+            values = layer.to_parameters(torch.cat([weights, bias], -2))
         if self.bias_parameter is not None:
             assert self.beta is not None
-            before = self.matrix()[:, -1:]
-            values[self.bias_parameter] = torch.where(self.active, self.beta + W[:, -1:] - before, self.beta).flatten()
+            trained_row = self.matrix()[:, -1:]
+            beta = torch.where(self.active, self.beta + W[:, -1:] - trained_row, self.beta)
+            values[self.bias_parameter] = beta.flatten()
         return values
 
 
-def _passed(layer: Layer, context: LayerContext, model: nn.Module, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``(groups, 1, M)`` each: scale and shift of the BatchNorm that follows, and where it lets anything through."""
+def _batchnorm_affine(
+    layer: Layer, context: LayerContext, model: nn.Module, like: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scale and shift of the BatchNorm that follows, and where its scale is not negligible; each ``(groups, 1, M)``.
+
+    A negligible scale is replaced by `MIN_SCALE` times the largest one, with the same sign, so that it can be inverted.
+    """
     if context.batchnorm is None:
         return torch.ones_like(like), torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool)
     norm: Any = model.get_submodule(context.batchnorm)
@@ -139,6 +165,7 @@ def _passed(layer: Layer, context: LayerContext, model: nn.Module, like: Tensor)
     bias = torch.zeros_like(deviation) if norm.bias is None else norm.bias.detach().to(like)
     shift = layer.per_output(bias - norm.running_mean.detach().to(like) * gamma / deviation)
     scale = layer.per_output(gamma / deviation)
-    least = MIN_SCALE * scale.abs().amax()
-    active = scale.abs() > least
-    return torch.where(active, scale, torch.where(scale < 0, -1.0, 1.0) * (least if least > 0 else 1.0)), shift, active
+    smallest = MIN_SCALE * scale.abs().amax()
+    active = scale.abs() > smallest
+    replacement = torch.where(scale < 0, -1.0, 1.0) * (smallest if smallest > 0 else 1.0)
+    return torch.where(active, scale, replacement), shift, active

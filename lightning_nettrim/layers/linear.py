@@ -11,17 +11,23 @@ from lightning_nettrim.layers.base import Layer, LayerCall
 
 
 class Linear(Layer):
-    """``nn.Linear``: every position of the leading dimensions is a row."""
+    """``nn.Linear``: each index of the leading dimensions is a row."""
 
     is_plain_matrix: ClassVar[bool] = True
 
     @property
     def inputs(self) -> int:
-        """Inputs of a neuron."""
+        """N, the number of inputs."""
         return self.parameter.shape[1]
 
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> LayerCall:
-        """Rows of the input and of the output."""
+        """The rows of the input and of the output.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+            output: output of the call.
+        """
         x = args[0] if args else kwargs["input"]
         shape = tuple(output.shape[:-1])
         return LayerCall(
@@ -30,21 +36,27 @@ class Linear(Layer):
 
 
 class TransposedLinear(Linear):
-    """A linear layer whose weight is ``(N, M)``, as ``Conv1D`` of Hugging Face's GPT-2 is."""
+    """A linear layer with a weight of shape ``(N, M)``, such as ``Conv1D`` in Hugging Face's GPT-2."""
 
     @property
     def inputs(self) -> int:
-        """Inputs of a neuron."""
+        """N, the number of inputs."""
         return self.parameter.shape[0]
 
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> LayerCall:
-        """Rows of the input and of the output."""
+        """The rows of the input and of the output.
+
+        Args:
+            args: positional arguments of the call.
+            kwargs: keyword arguments of the call.
+            output: output of the call.
+        """
         return super().observe(args if args else (kwargs["x"],), kwargs, output)
 
     def to_matrix(self, weight: Tensor) -> Tensor:
-        """``(1, N, M)``."""
+        """Add the dimension of the groups: ``(1, N, M)``."""
         return weight.unsqueeze(0)
 
     def from_matrix(self, W: Tensor) -> Tensor:
-        """`to_matrix` turned round."""
+        """Remove the dimension of the groups; the inverse of `to_matrix`."""
         return W.reshape(self.parameter.shape)

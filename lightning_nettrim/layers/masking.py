@@ -1,4 +1,4 @@
-"""Masks: what the pruned weights keep, how they are swapped in, and how their zeros stay zero."""
+"""In-place changes of parameters, and masks that keep pruned weights at zero."""
 
 from __future__ import annotations
 
@@ -11,38 +11,50 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def assign(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Copy values into the model's parameters and buffers in place, all of them or none.
+    """Copy values into the parameters and buffers of a model, in place, either all or none.
+
+    Args:
+        model: the model.
+        values: ``{name: values}``.
 
     Raises:
-        ValueError: naming the parameter that is missing or of another shape; nothing has been written then.
+        ValueError: naming a parameter that is missing or has another shape, before anything is written.
     """
     for name, parameter in checked(model, values).items():
         parameter.copy_(values[name])
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def _parameters_and_buffers(model: nn.Module) -> dict[str, Tensor]:
     return dict(model.named_parameters()) | dict(model.named_buffers())
 
 
 def checked(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's parameters and buffers that ``values`` names, once every shape is seen to agree."""
-    parameters = _tensors(model)
+    """The parameters and buffers of a model that ``values`` names, after a check of their shapes.
+
+    Args:
+        model: the model.
+        values: ``{name: values}``.
+
+    Raises:
+        ValueError: naming a parameter that is missing or has another shape.
+    """
+    parameters = _parameters_and_buffers(model)
     for name, value in values.items():
-        got = tuple(parameters[name].shape) if name in parameters else None
-        if got != tuple(value.shape):
-            raise ValueError(f"{name}: expected a parameter of shape {tuple(value.shape)}, got {got or 'none'}")
+        shape = tuple(parameters[name].shape) if name in parameters else None
+        if shape != tuple(value.shape):
+            raise ValueError(f"{name}: expected a parameter of shape {tuple(value.shape)}, got {shape or 'none'}")
     return {name: parameters[name] for name in values}
 
 
 def clone(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """Copies of the named parameters and buffers."""
-    parameters = _tensors(model)
+    """``{name: tensor}``: detached copies of the named parameters and buffers."""
+    parameters = _parameters_and_buffers(model)
     return {name: parameters[name].detach().clone() for name in names}
 
 
 @contextmanager
 def restored_on_error(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """A `with` that puts these values into the parameters if its body does not end normally, by whatever exception."""
+    """A `with` that copies ``values`` into the model if its body raises any exception, including ``BaseException``."""
     try:
         yield
     except BaseException:
@@ -52,13 +64,18 @@ def restored_on_error(model: nn.Module, values: Mapping[str, Tensor]) -> Iterato
 
 @torch.no_grad()
 def apply(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Set every weight that a mask does not keep to exactly zero, in place."""
+    """Set weights to zero where their masks are False, in place.
+
+    Args:
+        model: the model.
+        masks: ``{name: mask}``, bool tensors, True for weights that are kept.
+    """
     for name, parameter in checked(model, masks).items():
         parameter.masked_fill_(~masks[name].to(parameter.device), 0)
 
 
 def satisfied(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
-    """Whether the model has the masks' parameters and each is exactly zero where its mask says so."""
+    """Whether the model has a parameter for each mask, of the same shape, that is zero where the mask is False."""
     parameters = dict(model.named_parameters())
     return all(
         name in parameters
@@ -69,7 +86,7 @@ def satisfied(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
 
 
 def sparsity(tensors: Mapping[str, Tensor]) -> float:
-    """Fraction of entries that are exactly zero, in [0, 1]; 0 for none."""
+    """Fraction of the entries of all tensors that are zero, in [0, 1]; 0 if there are no entries."""
     size = sum(tensor.numel() for tensor in tensors.values())
     zeros = sum(tensor.numel() - int(tensor.count_nonzero()) for tensor in tensors.values())
     return zeros / size if size else 0.0

@@ -1,4 +1,4 @@
-"""Which `Layer` class turns a module into matrices."""
+"""Registry of the `Layer` class for each class of modules."""
 
 from __future__ import annotations
 
@@ -21,20 +21,21 @@ _TYPES: dict[type[nn.Module], type[Layer]] = {
 }
 
 _NAMES: dict[str, type[Layer]] = {"transformers.pytorch_utils.Conv1D": TransposedLinear}
-"""Classes of packages that need not be installed, by their full name."""
+"""Layer types for classes of optional packages, by qualified name."""
 
 
 def register_layer(module_type: type[nn.Module], layer_type: type[Layer]) -> None:
-    """Let modules of a class, and of its subclasses, be pruned as a kind of layer.
+    """Register a layer type for the modules of a class and its subclasses, so that they can be pruned.
 
-    A later registration of the same class replaces an earlier one; the class nearest to a module's own is used.
+    A later registration of the same class replaces an earlier one. For a module, the first class in its method
+    resolution order that is registered is used.
 
     Args:
         module_type: subclass of `torch.nn.Module`.
         layer_type: subclass of `Layer`.
 
     Raises:
-        TypeError: for anything else.
+        TypeError: if an argument is not such a subclass.
     """
     if not (isinstance(module_type, type) and issubclass(module_type, nn.Module)):
         raise TypeError(f"module_type: expected a subclass of torch.nn.Module, got {module_type!r}")
@@ -44,7 +45,7 @@ def register_layer(module_type: type[nn.Module], layer_type: type[Layer]) -> Non
 
 
 def layer_type_of(module: nn.Module) -> type[Layer] | None:
-    """The `Layer` class for a module; ``None`` if there is none."""
+    """The `Layer` class that is registered for a module; ``None`` if there is none."""
     for cls in type(module).__mro__:
         if cls in _TYPES:
             return _TYPES[cls]

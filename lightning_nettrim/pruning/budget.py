@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_nettrim.core.pattern import Pattern, Unstructured, parse_pattern
 
-Options = Mapping[str, Mapping[str, Any]]
+Options = Mapping[str, Mapping[str, float | bool | str | Pattern]]
 """Options of layers that replace the common ones, by key."""
 
 

@@ -113,8 +113,8 @@ class ProcessGroup:
             found = [entries.get(name, "not used") for entries in (first, other)] if differing else ["earlier", "later"]
             raise ValueError(
                 f"{name}: expected the same use in all {self.count} processes, got {found[0]!r} in process 0 and"
-                f" {found[1]!r} in process {rank}: the forward pass depends on its inputs; ignore this layer, or shuffle"
-                " the batches"
+                f" {found[1]!r} in process {rank}: the forward pass depends on its activations; ignore this layer, or"
+                " shuffle the batches"
             )
 
     def check_identical(self, values: Mapping[str, Tensor]) -> None:

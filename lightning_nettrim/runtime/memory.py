@@ -78,7 +78,7 @@ class MemoryMeter:
 
 
 def _kernel_fields(path: str) -> dict[str, int]:
-    """``{name: bytes}`` from the lines ``name: number kB`` of a file of the Linux kernel; empty if it does not exist."""
+    """``{name: bytes}`` from the lines ``name: number kB`` of a file of the Linux kernel; empty if there is none."""
     try:
         lines = Path(path).read_text(encoding="ascii").splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""The refit: against normal equations and against an independent convex solver."""
+"""The refit, against the normal equations and an independent convex solver."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_relu_refit_reaches_the_convex_optimum(options):
 
 
 @pytest.mark.parametrize("slope", [0.01, 0.3, 1.0])
-def test_below_a_slope_an_error_counts_its_square(slope):
+def test_errors_below_zero_are_weighted_by_the_square_of_the_slope(slope):
     problem = layer(N=12, M=5, residual=True)
     rectifier = Rectifier(slope=torch.tensor(slope, dtype=torch.float64))
     Z = problem.X @ problem.W + problem.offset
@@ -69,7 +69,7 @@ def test_below_a_slope_an_error_counts_its_square(slope):
 
 @pytest.mark.parametrize("options", [{}, {"relu": False}, {"bias": True}, {"rank": 10}, {"P": 20}, {"scale": 1e4}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_support_stays_and_the_distance_falls(options, dtype):
+def test_the_support_stays_and_the_distance_decreases(options, dtype):
     problem = layer(dtype=dtype, **options)
     W = solve(problem, ADMM()).W
     fitted = refit(problem, W)

@@ -1,4 +1,4 @@
-"""Results as pictures."""
+"""Plots of the results."""
 
 from __future__ import annotations
 
@@ -7,16 +7,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.oneshot import Row as OneShot
+from benchmarks.oneshot import Row as OneShotRow
 from benchmarks.peers import Unavailable
-from benchmarks.race import TOLERANCE
 from benchmarks.report import Row
+from benchmarks.time_to_tolerance import TOLERANCE
 
 
-def draw(rows: Iterable[Row], path: Path) -> None:
-    """Error against seconds on logarithmic axes, a line for each solver, from the rows of "trace".
+def plot_convergence(rows: Iterable[Row], path: Path) -> None:
+    """Plot the error against seconds on logarithmic axes, one line per solver, from the rows of section "trace".
 
-    The error is the larger of the objective's, relative to the optimum, and the violation.
+    The error is the larger of |gap| and violation.
+
+    Args:
+        rows: of the benchmark ``convex``.
+        path: PNG file to write.
 
     Raises:
         Unavailable: if Matplotlib is not installed.
@@ -26,33 +30,38 @@ def draw(rows: Iterable[Row], path: Path) -> None:
         if row.section == "trace":
             label = f"{row.solver}, {row.instance}"
             lines.setdefault(label, []).append((row.seconds, max(abs(row.gap), row.violation)))
-    labels = {"xscale": "log", "yscale": "log", "xlabel": "seconds", "ylabel": "objective error or violation"}
-    _draw(lines, path, TOLERANCE, **labels)
+    labels = {"xscale": "log", "yscale": "log", "xlabel": "seconds", "ylabel": "max(|gap|, violation)"}
+    _plot(lines, path, TOLERANCE, **labels)
 
 
-def draw_accuracy(rows: Iterable[OneShot], path: Path) -> None:
-    """Accuracy against zeros, a line for each method of the one-shot benchmark, means over the seeds.
+def plot_accuracy(rows: Iterable[OneShotRow], path: Path) -> None:
+    """Plot the accuracy against the sparsity, one line per method, means over the seeds.
+
+    Args:
+        rows: of the benchmark ``oneshot``.
+        path: PNG file to write.
 
     Raises:
         Unavailable: if Matplotlib is not installed.
     """
-    lines: dict[str, dict[str, list[OneShot]]] = {}
+    lines: dict[str, dict[str, list[OneShotRow]]] = {}
     for row in rows:
         if ":" not in row.budget and row.method != "dense":
             lines.setdefault(row.method, {}).setdefault(row.budget, []).append(row)
     means = {
-        method: [(fmean(r.zeros for r in group), fmean(r.accuracy for r in group)) for group in groups.values()]
+        method: [(fmean(r.sparsity for r in group), fmean(r.accuracy for r in group)) for group in groups.values()]
         for method, groups in lines.items()
     }
-    _draw(means, path, None, xlabel="fraction of zeros", ylabel="accuracy in percent", ylim=(90, 99))
+    _plot(means, path, None, xlabel="sparsity", ylabel="accuracy in percent", ylim=(90, 99))
 
 
-def _draw(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, level: float | None, **axis: Any) -> None:
+def _plot(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, level: float | None, **axis: Any) -> None:
+    """Write a line plot, with a horizontal line at ``level``."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise Unavailable("no picture without Matplotlib: pip install -e '.[bench]'") from error
+        raise Unavailable("the plot needs Matplotlib: pip install -e '.[bench]'") from error
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot(**axis)
     for label, points in lines.items():

@@ -1,4 +1,4 @@
-"""The one judge of every solver: figures of an answer from its weights alone, in float64."""
+"""Scores of a solution, computed in float64 from its weights alone, in the same way for every solver."""
 
 from __future__ import annotations
 
@@ -8,36 +8,37 @@ import torch
 from torch import Tensor
 
 from lightning_nettrim import LayerProblem
+from lightning_nettrim.core.certificate import violation
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a pair of weights and seconds is worth.
+    """The scores of a solution.
 
     Attributes:
         objective: Σ λ|W|, in the units of ``W``.
-        gap: (objective − optimum) / |optimum|; NaN where no optimum was given.
+        gap: (objective − optimum) / |optimum|; NaN if no optimum was given.
         violation: of the constraints, relative to ε.
         sparsity: fraction of zeros in the penalized rows.
-        relative_error: ‖response(W) − Y‖_F / ‖Y‖_F.
-        seconds: that the solver took.
+        local_error: ‖response(W) − Y‖_F / ‖Y‖_F.
+        seconds: run time of the solver.
     """
 
     objective: float
     gap: float
     violation: float
     sparsity: float
-    relative_error: float
+    local_error: float
     seconds: float
 
     @property
-    def error(self) -> float:
-        """The larger of |gap| and violation: what a solver is asked to bring down."""
+    def optimality_error(self) -> float:
+        """The larger of |gap| and violation."""
         return max(abs(self.gap), self.violation)
 
 
 def cast(problem: LayerProblem, *, device: str | None = None, dtype: torch.dtype | None = None) -> LayerProblem:
-    """The same program on another device or with its numbers, not its mask, in another dtype."""
+    """The same problem on another device or with its floating-point tensors in another dtype."""
     tensors = {f.name: getattr(problem, f.name) for f in fields(problem)}
     tensors = {name: t for name, t in tensors.items() if isinstance(t, Tensor)}
     return replace(
@@ -47,19 +48,19 @@ def cast(problem: LayerProblem, *, device: str | None = None, dtype: torch.dtype
 
 
 def score(problem: LayerProblem, W: Tensor, seconds: float, optimum: float = float("nan")) -> Score:
-    """Judge ``W`` in float64.
+    """Compute the scores of ``W`` in float64.
 
     Args:
-        problem: one program, without batch dimensions.
-        W: ``(N, M)`` answer.
-        seconds: that it took.
-        optimum: best known value of the program, in the units of ``W``.
+        problem: one problem, without batch dimensions.
+        W: ``(N, M)`` weights of the solution.
+        seconds: run time of the solver.
+        optimum: best known optimum of the problem, in the units of ``W``.
 
     Returns:
-        The figures; nothing in them comes from the solver but ``W`` and ``seconds``.
+        The scores. Only ``W`` and ``seconds`` come from the solver.
 
     Raises:
-        ValueError: if ``W`` is not shaped like the trained weights.
+        ValueError: if the shape of ``W`` differs from that of the trained weights.
     """
     if W.shape != problem.W.shape:
         raise ValueError(f"W: expected shape {tuple(problem.W.shape)}, got {tuple(W.shape)}")
@@ -69,8 +70,8 @@ def score(problem: LayerProblem, W: Tensor, seconds: float, optimum: float = flo
     return Score(
         objective=objective,
         gap=float(objective - optimum) / abs(optimum) if optimum else float("inf"),
-        violation=float(exact.violation(W)),
-        sparsity=float((W[exact.weights.squeeze(-1) > 0] == 0).double().mean()),
-        relative_error=float(exact.local_error(W)),
+        violation=float(violation(exact, W)),
+        sparsity=float((W[exact.lambdas.squeeze(-1) > 0] == 0).double().mean()),
+        local_error=float(exact.local_error(W)),
         seconds=seconds,
     )

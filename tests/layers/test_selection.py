@@ -61,9 +61,9 @@ def test_keys_choose_layers(targets, ignore, found):
 def test_reasons_say_why():
     _, skipped = find_layers(network(), None, ["head"])
     assert skipped == {
-        "encoder.0": "Bilinear has parameters of its own that are no Linear's, convolution's or MultiheadAttention's",
+        "encoder.0": "Bilinear has parameters, but no layer type is registered for it: call register_layer",
         "head": "ignored",
-        "names": "Embedding looks its rows up: there is no product to sparsify",
+        "names": "Embedding looks up rows of its weight: there is no matrix product to prune",
     }
 
 

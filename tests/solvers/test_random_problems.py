@@ -10,12 +10,13 @@ import torch
 from problems import VARIANTS, layer, optimum
 
 from lightning_nettrim import ADMM, Status, solve
+from lightning_nettrim.core.certificate import violation
 
 pytestmark = pytest.mark.slow
 
 
 def draw(seed):
-    """A kind of problem from the table, at a random size, radius and scale."""
+    """A variant from the table with a random size, radius and scale."""
     choose = random.Random(seed)
     options = dict(choose.choice(list(VARIANTS.values())))
     options.setdefault("N", choose.randint(16, 40))
