@@ -43,7 +43,7 @@ class Row:
     note: str = ""
 
 
-WIDTHS = {"section": 8, "instance": 28, "solver": 16, "steps": 6, "seconds": 10, "gap": 10, "violation": 10, "ratio": 8}
+WIDTHS = {"section": 8, "instance": 36, "solver": 16, "steps": 6, "seconds": 10, "gap": 10, "violation": 10, "ratio": 8}
 
 
 def header(device: str) -> str:

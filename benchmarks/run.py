@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: ``python -m benchmarks.run convex`` prints a table and writes a CSV file and a plot."""
+"""Command line of the benchmarks, such as ``python -m benchmarks.run convex``."""
 
 from __future__ import annotations
 

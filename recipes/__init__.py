@@ -1,1 +1,1 @@
-"""Recipes: small models, data and configurations that show what pruning does to them."""
+"""Recipes: small models, data sets and configurations that demonstrate pruning."""

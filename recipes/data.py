@@ -1,4 +1,4 @@
-"""Handwritten digits, small and large, as LightningDataModules held in memory."""
+"""Images of handwritten digits as LightningDataModules that are kept in memory."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler, TensorDataset
 
 
-class _InMemory(pl.LightningDataModule):
-    """Tensors of images and labels, one part to train on and one to validate, test and predict on."""
+class InMemoryDataModule(pl.LightningDataModule):
+    """Tensors of inputs and targets: one part for training, one for validation, test and prediction.
+
+    Attributes:
+        train: training data.
+        held_out: data for validation, test and prediction.
+    """
 
     train: TensorDataset
     held_out: TensorDataset
@@ -27,34 +32,34 @@ class _InMemory(pl.LightningDataModule):
         return DataLoader(data, batch_size=None, sampler=BatchSampler(order, size, drop_last=False))
 
     def train_dataloader(self) -> DataLoader:
-        """Shuffled."""
+        """Training batches, shuffled."""
         return self._loader(self.train, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        """In order."""
+        """Held-out batches, in order."""
         return self._loader(self.held_out, shuffle=False)
 
     def test_dataloader(self) -> DataLoader:
-        """In order."""
+        """Held-out batches, in order."""
         return self._loader(self.held_out, shuffle=False)
 
     def predict_dataloader(self) -> DataLoader:
-        """In order."""
+        """Held-out batches, in order."""
         return self._loader(self.held_out, shuffle=False)
 
 
-class Digits(_InMemory):
-    """The 1 797 digits of 8 × 8 pixels that scikit-learn carries: no download; every fifth is held out.
+class Digits(InMemoryDataModule):
+    """The 1 797 digits of 8 × 8 pixels that are part of scikit-learn: no download; every fifth image is held out.
 
     Args:
-        batch_size: of the training data.
+        batch_size: batch size of the training data.
     """
 
     def __init__(self, batch_size: int = 32) -> None:
         super().__init__(batch_size)
 
     def setup(self, stage: str) -> None:
-        """Read and split."""
+        """Load the images and split them."""
         from sklearn.datasets import load_digits
 
         x, y = load_digits(return_X_y=True)
@@ -64,12 +69,12 @@ class Digits(_InMemory):
         self.held_out = TensorDataset(images[held_out], labels[held_out])
 
 
-class MNIST(_InMemory):
-    """MNIST by torchvision: 60 000 images to train on; the 10 000 test images validate, and nothing is chosen by them.
+class MNIST(InMemoryDataModule):
+    """MNIST by torchvision: 60 000 training images; the 10 000 test images are held out, also for validation.
 
     Args:
-        root: folder of the data, downloaded there if absent; ``$NETTRIM_DATA`` or ``./data`` if not given.
-        batch_size: of the training data.
+        root: folder of the data, which are downloaded if missing; ``None`` is ``$NETTRIM_DATA`` or ``./data``.
+        batch_size: batch size of the training data.
     """
 
     def __init__(self, root: str | None = None, batch_size: int = 128) -> None:
@@ -77,14 +82,14 @@ class MNIST(_InMemory):
         self.root = Path(root or os.environ.get("NETTRIM_DATA", "./data"))
 
     def prepare_data(self) -> None:
-        """Download what is not there."""
+        """Download missing files."""
         from torchvision import datasets
 
         for train in (True, False):
             datasets.MNIST(self.root, train=train, download=True)
 
     def setup(self, stage: str) -> None:
-        """Read both parts and give the pixels zero mean and unit variance."""
+        """Load both parts and normalize the pixels to zero mean and unit variance."""
         from torchvision import datasets
 
         def read(train: bool) -> TensorDataset:

@@ -1,4 +1,4 @@
-"""Small classifiers as LightningModules; nothing here knows of pruning."""
+"""Small classifiers as LightningModules, without any code for pruning."""
 
 from __future__ import annotations
 
@@ -11,22 +11,23 @@ Batch = tuple[Tensor, Tensor]
 
 
 class _Classifier(pl.LightningModule):
-    """What the networks share: cross entropy, Adam with a one-cycle learning rate, accuracy.
+    """Base class of the classifiers: cross entropy, Adam with a one-cycle learning rate, accuracy.
 
-    A network sets `lr` and `weight_decay`, and maps ``(P, ...)`` images to ``(P, classes)`` logits.
+    A subclass sets `lr` and `weight_decay`, and maps ``(P, ...)`` images to ``(P, classes)`` logits.
     """
 
     lr: float
     weight_decay: float
 
     def training_step(self, batch: Batch) -> Tensor:
-        """Cross entropy."""
+        """Compute the cross entropy."""
         x, y = batch
         loss = nn.functional.cross_entropy(self(x), y)
         self.log("train_loss", loss)
         return loss
 
     def _evaluate(self, batch: Batch, stage: str) -> None:
+        """Log accuracy and loss."""
         x, y = batch
         logits = self(x)
         acc = accuracy(logits, y, task="multiclass", num_classes=logits.shape[-1])
@@ -34,19 +35,19 @@ class _Classifier(pl.LightningModule):
         self.log(f"{stage}_loss", nn.functional.cross_entropy(logits, y), batch_size=len(y))
 
     def validation_step(self, batch: Batch) -> None:
-        """Accuracy and loss."""
+        """Log accuracy and loss."""
         self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch) -> None:
-        """Accuracy and loss."""
+        """Log accuracy and loss."""
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: Batch) -> Tensor:
-        """Class numbers."""
+        """Predict the classes."""
         return self(batch[0]).argmax(-1)
 
     def configure_optimizers(self) -> dict:
-        """Adam, one cycle over the whole fit."""
+        """Adam, with one cycle of the learning rate over the whole fit."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)
@@ -54,12 +55,12 @@ class _Classifier(pl.LightningModule):
 
 
 class MLP(_Classifier):
-    """A fully connected classifier, ReLU between its layers, trained by Adam with a one-cycle learning rate.
+    """A fully connected classifier with ReLU between its layers.
 
     Args:
-        sizes: inputs, hidden neurons of each layer, classes; 784-300-100-10 is LeNet-300-100.
-        lr: largest learning rate of the cycle.
-        weight_decay: of Adam.
+        sizes: number of inputs, of neurons in each hidden layer, and of classes; 784-300-100-10 is LeNet-300-100.
+        lr: maximum learning rate of the cycle.
+        weight_decay: weight decay of Adam.
     """
 
     def __init__(self, sizes: list[int], lr: float = 3e-3, weight_decay: float = 0.0) -> None:
@@ -79,11 +80,11 @@ class MLP(_Classifier):
 
 
 class LeNet5(_Classifier):
-    """Caffe's LeNet-5, 20-50-500-10: two convolutions of 5 × 5, each with a ReLU and a 2 × 2 maximum, two dense layers.
+    """LeNet-5 as in Caffe, 20-50-500-10: two 5 × 5 convolutions with ReLU and 2 × 2 max-pooling, two linear layers.
 
     Args:
-        lr: largest learning rate of the cycle.
-        weight_decay: of Adam.
+        lr: maximum learning rate of the cycle.
+        weight_decay: weight decay of Adam.
     """
 
     def __init__(self, lr: float = 3e-3, weight_decay: float = 0.0) -> None:
@@ -103,12 +104,13 @@ class LeNet5(_Classifier):
 
 
 class Block(nn.Module):
-    """Two 3 × 3 convolutions with batch normalisation, summed with what went in, and a ReLU after the sum.
+    """A residual block: two 3 × 3 convolutions with batch normalization, a shortcut, and a ReLU after their sum.
 
     Args:
-        inputs: channels that go in.
-        outputs: channels that come out.
-        stride: of the first convolution; where it or the channels change the shape, a 1 × 1 convolution adapts the sum.
+        inputs: number of input channels.
+        outputs: number of output channels.
+        stride: stride of the first convolution. If input and output differ in shape, the shortcut is a 1 × 1
+            convolution.
     """
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
@@ -119,8 +121,8 @@ class Block(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            adapt = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(adapt, nn.BatchNorm2d(outputs))
+            projection = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(projection, nn.BatchNorm2d(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         """``(P, inputs, H, W)`` to ``(P, outputs, H / stride, W / stride)``."""
@@ -129,13 +131,13 @@ class Block(nn.Module):
 
 
 class ResNet(_Classifier):
-    """A small residual network: three stages of blocks at 14 × 14, 7 × 7 and 4 × 4 pixels, their mean, a linear head.
+    """A small residual network: three stages at 14 × 14, 7 × 7 and 4 × 4 pixels, average pooling, a linear layer.
 
     Args:
-        width: channels of the first stage; each next one has twice as many.
-        blocks: of each stage.
-        lr: largest learning rate of the cycle.
-        weight_decay: of Adam.
+        width: number of channels of the first stage; it doubles with each stage.
+        blocks: number of blocks per stage.
+        lr: maximum learning rate of the cycle.
+        weight_decay: weight decay of Adam.
     """
 
     def __init__(self, width: int = 16, blocks: int = 1, lr: float = 1e-2, weight_decay: float = 0.0) -> None:
@@ -158,12 +160,12 @@ class ResNet(_Classifier):
 
 
 class Encoder(nn.Module):
-    """A transformer's block, normalised before each half: attention among the tokens, then two layers on each token.
+    """A transformer encoder block with pre-normalization: self-attention, then a feed-forward network.
 
     Args:
-        dim: features of a token.
-        heads: of the attention.
-        hidden: neurons between the two layers.
+        dim: number of features of a token.
+        heads: number of attention heads.
+        hidden: number of hidden neurons of the feed-forward network.
     """
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
@@ -182,16 +184,16 @@ class Encoder(nn.Module):
 
 
 class ViT(_Classifier):
-    """A small vision transformer: patches as tokens, one more token to classify by, learned positions.
+    """A small vision transformer with a class token and learned positions.
 
     Args:
-        patch: pixels of a patch's side, a divisor of 28.
-        dim: features of a token.
-        depth: blocks.
-        heads: of each attention.
-        hidden: neurons between the two layers of a block.
-        lr: largest learning rate of the cycle.
-        weight_decay: of Adam.
+        patch: height and width of a patch in pixels, a divisor of 28.
+        dim: number of features of a token.
+        depth: number of blocks.
+        heads: number of attention heads.
+        hidden: number of hidden neurons of the feed-forward network of a block.
+        lr: maximum learning rate of the cycle.
+        weight_decay: weight decay of Adam.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""A picture of a run as TensorBoard shows it, by headless Chromium: ``python -m recipes.screenshot RUN PICTURE``."""
+"""A screenshot of a run in TensorBoard, by headless Chromium: ``python -m recipes.screenshot RUN PICTURE``."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ CHROMIUM = (
 
 
 def screenshot(run: Path, picture: Path, tags: str, size: str = "1300,520", port: int = 6126) -> None:
-    """Serve ``run`` on this machine alone and photograph the page of its scalars.
+    """Start TensorBoard on the local host and take a screenshot of the scalars of a run.
 
     Args:
-        run: a run's folder, with ``dense`` and ``pruned`` in it.
+        run: folder of the run, which contains ``dense`` and ``pruned``.
         picture: PNG file to write.
         tags: regular expression of the tags to show.
         size: width and height in pixels.
-        port: of the server.
+        port: port of the server.
     """
     address = f"http://127.0.0.1:{port}/"
     serve = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run), "--host", "127.0.0.1", "--port", str(port)]
@@ -37,7 +37,7 @@ def screenshot(run: Path, picture: Path, tags: str, size: str = "1300,520", port
                 break
             except URLError:
                 time.sleep(0.5)
-        time.sleep(5)  # TensorBoard reads the event files after it has begun to serve
+        time.sleep(5)  # TensorBoard loads the event files after the server has started
         with tempfile.TemporaryDirectory() as profile:
             options = [f"--user-data-dir={profile}", f"--window-size={size}", f"--screenshot={picture.resolve()}"]
             page = f"{address}?darkMode=false#scalars&tagFilter={tags}"

@@ -1,4 +1,4 @@
-"""Python's documentation as characters, and a small Llama that predicts the next one; nothing here knows of pruning."""
+"""The text of Python's documentation, and a small Llama on characters, without any code for pruning."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from recipes.data import _InMemory
+from recipes.data import InMemoryDataModule
 
 Batch = tuple[Tensor, Tensor]
 
 
-class Topics(_InMemory):
+class Topics(InMemoryDataModule):
     """The texts of Python's ``help()``, from the standard library: no download; the last tenth is held out.
 
-    A batch is ``(ids, next_ids)``, two int64 tensors ``(B, T)`` of which the second is the first one character later.
-    The training windows start anywhere; an epoch is as many of them as cover the training part once. The held-out
-    windows follow each other.
+    A batch is ``(ids, next_ids)``, two int64 tensors ``(B, T)``; ``next_ids`` is shifted by one character. Training
+    windows start at random positions; their number per epoch is that of the windows that cover the training part once.
+    Held-out windows do not overlap and are in order.
 
     Args:
-        length: T, characters of a window.
-        batch_size: windows of a training batch.
-        symbols: number of ids; id 0 is every character that is not among the ``symbols - 1`` commonest of the training
-            part.
+        length: T, the number of characters of a window.
+        batch_size: number of windows of a training batch.
+        symbols: number of ids; id 0 stands for all characters except the ``symbols - 1`` most frequent ones of the
+            training part.
     """
 
     def __init__(self, length: int = 64, batch_size: int = 32, symbols: int = 128) -> None:
@@ -33,7 +33,7 @@ class Topics(_InMemory):
         self.length, self.symbols = length, symbols
 
     def setup(self, stage: str) -> None:
-        """Read, split and cut into windows."""
+        """Load the text, split it and divide it into windows."""
         from pydoc_data.topics import topics
 
         text = "".join(topics[name] for name in sorted(topics))
@@ -48,19 +48,19 @@ class Topics(_InMemory):
         return TensorDataset(windows[:, :-1], windows[:, 1:])
 
     def train_dataloader(self) -> DataLoader:
-        """Windows at random, no two the same in an epoch."""
+        """Training batches of random windows; no window occurs twice in an epoch."""
         order = RandomSampler(self.train, num_samples=-(-len(self.train) // self.length))
         return DataLoader(self.train, batch_size=None, sampler=BatchSampler(order, self.batch_size, drop_last=False))
 
 
 def rotate(x: Tensor) -> Tensor:
-    """Rotary positions: turn the pairs (x_i, x_{i + d/2}) at position t by the angle t·10000^(−2i/d).
+    """Rotary position embedding: rotate the pairs (x_i, x_{i + d/2}) at position t by the angle t·10000^(−2i/d).
 
     Args:
         x: ``(..., T, d)``, d even.
 
     Returns:
-        The same shape.
+        The rotated values, ``(..., T, d)``.
 
     References:
         Su et al., "RoFormer: Enhanced Transformer with Rotary Position Embedding", 2021, arXiv:2104.09864.
@@ -74,11 +74,11 @@ def rotate(x: Tensor) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal attention with rotary positions; the four layers are without bias.
+    """Causal self-attention with rotary position embedding; its four linear layers have no bias.
 
     Args:
-        dim: features of a token.
-        heads: among which the features are divided.
+        dim: number of features of a token.
+        heads: number of attention heads.
     """
 
     def __init__(self, dim: int, heads: int) -> None:
@@ -97,11 +97,11 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Feed-forward layers of a token, down(silu(gate(x)) · up(x)), without bias.
+    """The feed-forward network down(silu(gate(x)) · up(x)), without bias.
 
     Args:
-        dim: features of a token.
-        hidden: neurons between.
+        dim: number of features of a token.
+        hidden: number of hidden neurons.
     """
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -116,12 +116,12 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """A Llama's block, normalized before each half: attention among the tokens, then feed-forward layers on each token.
+    """A block of Llama with pre-normalization: self-attention, then a feed-forward network.
 
     Args:
-        dim: features of a token.
-        heads: of the attention.
-        hidden: neurons of the feed-forward layers.
+        dim: number of features of a token.
+        heads: number of attention heads.
+        hidden: number of hidden neurons of the feed-forward network.
     """
 
     def __init__(self, dim: int, heads: int, hidden: int) -> None:
@@ -138,16 +138,16 @@ class Block(nn.Module):
 
 
 class CharLlama(pl.LightningModule):
-    """A small language model of the Llama kind on characters, trained by AdamW with a one-cycle learning rate.
+    """A small character-level Llama, trained by AdamW with a one-cycle learning rate.
 
     Args:
         symbols: number of ids.
-        dim: features of a token.
-        depth: blocks.
-        heads: of each attention.
-        hidden: neurons of the feed-forward layers of a block.
-        lr: largest learning rate of the cycle.
-        weight_decay: of AdamW.
+        dim: number of features of a token.
+        depth: number of blocks.
+        heads: number of attention heads.
+        hidden: number of hidden neurons of the feed-forward network of a block.
+        lr: maximum learning rate of the cycle.
+        weight_decay: weight decay of AdamW.
 
     References:
         Touvron et al., "LLaMA: Open and Efficient Foundation Language Models", 2023, arXiv:2302.13971.
@@ -172,34 +172,34 @@ class CharLlama(pl.LightningModule):
         self.head = nn.Linear(dim, symbols, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
-        """``(B, T)`` ids to ``(B, T, symbols)`` logits of the next one."""
+        """``(B, T)`` ids to ``(B, T, symbols)`` logits of the next id."""
         return self.head(self.norm(self.blocks(self.embed(ids))))
 
     def _loss(self, batch: Batch) -> Tensor:
-        """Cross entropy, the mean over all characters, in nats."""
+        """Mean cross entropy over all characters, in nats."""
         ids, next_ids = batch
         return nn.functional.cross_entropy(self(ids).flatten(0, 1), next_ids.flatten())
 
     def training_step(self, batch: Batch) -> Tensor:
-        """Cross entropy."""
+        """Compute the cross entropy."""
         loss = self._loss(batch)
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: Batch) -> None:
-        """Cross entropy."""
+        """Log the cross entropy."""
         self.log("val_loss", self._loss(batch), prog_bar=True, batch_size=len(batch[0]))
 
     def test_step(self, batch: Batch) -> None:
-        """Cross entropy."""
+        """Log the cross entropy."""
         self.log("test_loss", self._loss(batch), batch_size=len(batch[0]))
 
     def predict_step(self, batch: Batch) -> Tensor:
-        """The likeliest next ids."""
+        """Predict the next ids."""
         return self(batch[0]).argmax(-1)
 
     def configure_optimizers(self) -> dict:
-        """AdamW, one cycle over the whole fit."""
+        """AdamW, with one cycle of the learning rate over the whole fit."""
         optimizer = torch.optim.AdamW(self.parameters(), lr=self.lr, weight_decay=self.weight_decay)
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, self.lr, total_steps=steps)

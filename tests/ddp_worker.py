@@ -1,24 +1,37 @@
-"""A fit with NetTrim under Lightning's ``ddp``: ``python ranked_ddp.py <folder> <devices> <part>``."""
+"""A fit with NetTrim under Lightning's ``ddp``: ``python ddp_worker.py <folder> <devices> <part>``."""
 
 from __future__ import annotations
 
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from ranked import Dying
-from torch import nn
+from torch import distributed, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nettrim import NetTrim
+from lightning_nettrim import Cardinality, NetTrim
 
 SAMPLES = 256
 
 
+@dataclass(frozen=True)
+class ExitsInProcess1(Cardinality):
+    """Ends process 1 while it solves the layer with a given number of outputs."""
+
+    outputs: int = 0
+
+    def solve(self, problem, warm=None):
+        if problem.Y.shape[-1] == self.outputs and distributed.get_rank() == 1:
+            os._exit(7)
+        return super().solve(problem, warm)
+
+
 class Net(pl.LightningModule):
-    """12-16-8-3 with a BatchNorm, whose parameters training does not move: the processes' batches are not one's."""
+    """12-16-8-3 with a BatchNorm; training changes no parameters, as its batches depend on the number of processes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,14 +59,14 @@ class Net(pl.LightningModule):
 
 
 def loader() -> DataLoader:
-    """Data that a DistributedSampler deals out row by row."""
+    """Data that a DistributedSampler distributes row by row."""
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(SAMPLES, 12, generator=generator, dtype=torch.float64))
     return DataLoader(data, batch_size=32)
 
 
 def trainer(folder: Path, devices: int, name: str, callback: NetTrim) -> pl.Trainer:
-    """A trainer with one callback and a run of its own."""
+    """A trainer with one callback and its own run."""
     return pl.Trainer(
         accelerator="cpu", devices=devices, strategy="ddp" if devices > 1 else "auto", precision="64-true",
         max_epochs=1, callbacks=[callback], logger=CSVLogger(folder, name=name), enable_progress_bar=False,
@@ -62,10 +75,10 @@ def trainer(folder: Path, devices: int, name: str, callback: NetTrim) -> pl.Trai
 
 
 def main(folder: Path, devices: int, part: str) -> None:
-    """Fit and prune; each process leaves its own network in the folder."""
+    """Fit and prune; each process writes its network into the folder."""
     arguments = {
         "prune": {"sparsity": 0.6},
-        "die": {"sparsity": 0.5, "allocate": "uniform", "solver": Dying(outputs=8)},
+        "exit": {"sparsity": 0.5, "allocate": "uniform", "solver": ExitsInProcess1(outputs=8)},
     }[part]
     callback = NetTrim(**arguments, num_samples=SAMPLES)
     model = Net()

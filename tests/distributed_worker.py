@@ -1,4 +1,8 @@
-"""What each process of tests/test_ranks.py does: ``python ranked.py <folder> <rank> <count> <part>``."""
+"""What each process of the tests of distributed pruning does.
+
+``python distributed_worker.py <folder> <rank> <number of processes> <part>``, where a part is "cases", "errors" or
+"exit".
+"""
 
 from __future__ import annotations
 
@@ -7,33 +11,34 @@ import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
-from lightning_nettrim import ADMM, Cardinality, LayerProblem, Solution, SparseGPT, Wanda, path, refit, trim
-from lightning_nettrim.runtime.distributed import TorchProcessGroup
+from lightning_nettrim import ADMM, Cardinality, LayerProblem, Solution, SparseGPT, Wanda, trim
 
 SAMPLES = 1024
 
 
 @dataclass(frozen=True)
-class Dying(Cardinality):
-    """Ends process 1 on the spot, in the middle of the layer with so many outputs."""
+class ExitingSolver(Cardinality):
+    """Ends process 1 while it solves the layer with a given number of outputs."""
 
     outputs: int = 0
 
-    def solve(self, problem: LayerProblem, warm=None) -> Solution:
+    def solve(self, problem: LayerProblem, warm: Any = None) -> Solution:
+        """Solve, or exit."""
         if problem.Y.shape[-1] == self.outputs and distributed.get_rank() == 1:
             os._exit(7)
         return super().solve(problem, warm)
 
 
-CASES = {
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp sparsity": ("mlp", {"sparsity": 0.7, "allocate": "uniform"}),
     "mlp parallel 2:4": ("mlp", {"sparsity": 0.5, "pattern": "2:4", "scheme": "parallel"}),
     "mlp epsilon": ("mlp", {"epsilon": 0.1, "solver": ADMM(tf32=True)}),
-    "mlp fewest": ("mlp", {"epsilon": 0.3, "solver": Wanda()}),
+    "mlp sparsest within epsilon": ("mlp", {"epsilon": 0.3, "solver": Wanda()}),
     "mlp convex": ("mlp", {"sparsity": 0.5, "allocate": "uniform", "solver": ADMM(rtol=1e-2)}),
     "mlp wanda": (
         "mlp",
@@ -46,32 +51,38 @@ CASES = {
 }
 
 
-class Choosing(nn.Module):
-    """Goes on from its first layer by a ReLU in process 0 only."""
+class DifferentPaths(nn.Module):
+    """Its first layer is followed by a ReLU in process 0 and by a tanh in others."""
 
     def __init__(self, rank: int) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second, self.rank = nn.Linear(24, 8).double(), nn.Linear(8, 4).double(), rank
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The response."""
+    def forward(self, x: Tensor) -> Tensor:
+        """The output."""
         return self.second(self.first(x).relu() if self.rank == 0 else self.first(x).tanh())
 
 
-class Failing(nn.Module):
-    """Raises in process 1 from its twelfth call on, when layers are recorded, at batches of more than so many."""
+class FailingForward(nn.Module):
+    """Raises an error in process 1 from its twelfth call on, when layers are recorded, for too large batches.
 
-    def __init__(self, rank: int, error: Exception, most: int = 0) -> None:
+    Args:
+        rank: of this process.
+        error: to raise.
+        largest: size of the largest batch that raises nothing.
+    """
+
+    def __init__(self, rank: int, error: Exception, largest: int = 0) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.first, self.second, self.rank, self.calls = nn.Linear(24, 8).double(), nn.Linear(8, 4).double(), rank, 0
-        self.error, self.most = error, most
+        self.error, self.largest = error, largest
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The response."""
+    def forward(self, x: Tensor) -> Tensor:
+        """The output."""
         self.calls += 1
-        if self.rank == 1 and self.calls > 11 and len(x) > self.most:
+        if self.rank == 1 and self.calls > 11 and len(x) > self.largest:
             raise self.error
         return self.second(self.first(x).relu())
 
@@ -92,11 +103,11 @@ def network(kind: str) -> nn.Module:
             if isinstance(module, nn.BatchNorm2d):
                 module.running_mean.normal_(std=0.1)
                 module.running_var.uniform_(0.2, 0.4)
-                module.bias.fill_(1.0)  # channels that are nearly dead would leave weights free
+                module.bias.fill_(1.0)  # the weights of channels that are nearly dead would be arbitrary
     return model
 
 
-def batches(kind: str, rank: int, count: int) -> list[torch.Tensor]:
+def batches(kind: str, rank: int, count: int) -> list[Tensor]:
     """Every ``count``-th row of the data, as a DistributedSampler has it."""
     generator = torch.Generator().manual_seed(1)
     shape = (24,) if kind == "mlp" else (1, 10, 10)
@@ -104,73 +115,74 @@ def batches(kind: str, rank: int, count: int) -> list[torch.Tensor]:
     return list(data[rank::count].split(64))
 
 
-def trimmed(case: str, rank: int = 0, count: int = 1) -> tuple[nn.Module, dict[str, float]]:
-    """A network pruned on this process's rows, and what its report says but for the time."""
+def prune_case(case: str, rank: int = 0, count: int = 1) -> tuple[nn.Module, dict[str, float]]:
+    """A network pruned on the rows of this process, and the numbers of its report except time and memory."""
     kind, arguments = CASES[case]
     model = network(kind)
-    given = batches(kind, rank, count)
+    data = batches(kind, rank, count)
     arguments = {**arguments, "num_samples": SAMPLES * 100, "distributed": count > 1}
     if "max_drop" in arguments:  # each process has a metric of its own
-        whole, answers = network(kind), torch.cat(batches(kind, 0, 1))
+        dense, inputs = network(kind), torch.cat(batches(kind, 0, 1))
         arguments["metric"] = lambda: (
-            1 + float((model(answers) - whole(answers)).detach().square().mean()) + 0.3 * (rank - (count - 1) / 2)
+            1 + float((model(inputs) - dense(inputs)).detach().square().mean()) + 0.3 * (rank - (count - 1) / 2)
         )
-    result = trim(model, given, **arguments)
+    result = trim(model, data, **arguments)
     own = ("seconds", "peak_memory")
     totals = {key: value for key, value in result.total().items() if value is not None and key not in own}
-    errors = {row.name: row.relative_error for row in result.reports}
-    return model, totals | errors | {"discrepancy": result.discrepancy}
+    errors = {report.name: report.local_error for report in result.reports}
+    return model, totals | errors
 
 
-def linear_problem(rank: int = 0, count: int = 1) -> LayerProblem:
-    """A linear layer with offset on this process's rows, fewer than its inputs in each of two processes."""
-    generator = torch.Generator().manual_seed(2)
-    X, R = (torch.randn(31, n, generator=generator, dtype=torch.float64)[rank::count] for n in (20, 6))
-    W = torch.randn(20, 6, generator=generator, dtype=torch.float64)
-    return LayerProblem(X, X @ W + R, W, epsilon=torch.tensor(2.0, dtype=torch.float64), sparsity=0.5, offset=R)
+def run_cases(rank: int, count: int) -> dict[str, Any]:
+    """Pruned networks and their numbers by case."""
+    results = {}
+    for case in CASES:
+        model, numbers = prune_case(case, rank, count)
+        results[case] = model.state_dict(), numbers
+    return results
+
+
+def run_errors(rank: int, count: int) -> dict[str, Any]:
+    """The message of each error, and the result of a run in which memory runs out in one process."""
+    results: dict[str, Any] = {}
+    data, model = batches("mlp", rank, count), network("mlp")
+    small = FailingForward(rank, MemoryError("full"), largest=len(data[0]) - 1)
+    results["out of memory once"] = trim(small, data, sparsity=0.5, distributed=True).notes, small.state_dict()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    def attempt(model: nn.Module, data: list[Tensor] = data) -> str:
+        try:
+            trim(model, data, sparsity=0.5, distributed=True)
+        except (ValueError, RuntimeError, MemoryError) as error:
+            return f"{type(error).__name__}: {error}"
+        return ""
+
+    results["nan"] = attempt(model, [data[0] / (1 - rank), *data[1:]])
+    results["no batches"] = attempt(model, data[: 10 * (1 - rank)])
+    results["wrapped"] = attempt(nn.parallel.DistributedDataParallel(model))
+    results["forward"] = attempt(FailingForward(rank, RuntimeError("broken")))
+    results["out of memory"] = attempt(FailingForward(rank, MemoryError("full")))
+    results["different paths"] = attempt(DifferentPaths(rank))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    other = network("mlp")
+    other[2].weight.data.add_(1e-7)
+    results["different weights"] = attempt(model if rank else other)
+    return results
 
 
 def main(folder: Path, rank: int, count: int, part: str) -> None:
-    """Run one part and leave what came of it in the folder."""
+    """Run a part and write its results to the folder."""
     distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count, timeout=timedelta(seconds=60)
     )
-    if part == "die":
-        trim(network("mlp"), batches("mlp", rank, count), sparsity=0.5, allocate="uniform", solver=Dying(outputs=16),
-             distributed=True)  # fmt: skip
-    found: dict[str, object] = {}
-    for case in CASES:
-        model, totals = trimmed(case, rank, count)
-        found[case] = model.state_dict(), totals
-    processes = TorchProcessGroup.of(model)
-    problem = linear_problem(rank, count)
-    problem = LayerProblem(**{**vars(problem), "ranks": processes})
-    found["path"] = [solution.W for solution in path(problem, [4.0, 2.0])]
-    found["refit"] = refit(problem, problem.W * (problem.W.abs() > 0.5))
-    found["cardinality"] = Cardinality().solve(problem).W
-    wrong, model = batches("mlp", rank, count), network("mlp")
-    short = Failing(rank, MemoryError("full"), most=len(wrong[0]) - 1)
-    found["short"] = trim(short, wrong, sparsity=0.5, distributed=True).notes, short.state_dict()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    failures = {
-        "nan": lambda: trim(model, [wrong[0] / (1 - rank), *wrong[1:]], sparsity=0.5, distributed=True),
-        "empty": lambda: trim(model, wrong[: 10 * (1 - rank)], sparsity=0.5, distributed=True),
-        "wrapped": lambda: trim(nn.parallel.DistributedDataParallel(model), wrong, sparsity=0.5, distributed=True),
-        "forward": lambda: trim(Failing(rank, RuntimeError("broken")), wrong, sparsity=0.5, distributed=True),
-        "full": lambda: trim(Failing(rank, MemoryError("full")), wrong, sparsity=0.5, distributed=True),
-        "differ": lambda: trim(Choosing(rank), wrong, sparsity=0.5, distributed=True),
-        "weights": lambda: trim(network("mlp") if rank else model, wrong, sparsity=0.5, distributed=True),
-    }
-    for name, fail in failures.items():
-        if name == "weights":
-            model[2].weight.data.add_(1e-7)
-        try:
-            fail()
-        except (ValueError, RuntimeError, MemoryError) as error:
-            found[name] = f"{type(error).__name__}: {error}"
-        if name != "weights":
-            assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    torch.save(found, folder / f"{rank}.pt")
+    if part == "exit":
+        solver = ExitingSolver(outputs=16)
+        trim(
+            network("mlp"), batches("mlp", rank, count), sparsity=0.5, allocate="uniform", solver=solver,
+            distributed=True,
+        )  # fmt: skip
+    results = {"cases": run_cases, "errors": run_errors}[part](rank, count)
+    torch.save(results, folder / f"{rank}.pt")
     distributed.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""What the tests on MNIST share: how a recipe is run, what its networks answer, which warnings are not ours."""
+"""What the tests on MNIST share: running a recipe, the accuracy of its network, and warnings of other packages."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ MARKS = [
 
 
 def accuracy(model, data):
-    """On the held-out images."""
+    """Accuracy on the held-out images."""
     images, labels = data.held_out.tensors
     with torch.no_grad():
         return float((model.eval()(images).argmax(1) == labels).double().mean())
 
 
 def fit(configs, folder, *options):
-    """Run the recipe's own command; its logs and files go into a folder."""
+    """Run the command of a recipe; its logs and files go into a folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr("sys.argv", ["nettrim"])
-        own = [part for config in configs for part in ("--config", str(config))]
-        main(["fit", *own, f"--trainer.logger.init_args.save_dir={folder}", *options])
+        arguments = [part for config in configs for part in ("--config", str(config))]
+        main(["fit", *arguments, f"--trainer.logger.init_args.save_dir={folder}", *options])

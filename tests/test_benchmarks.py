@@ -1,4 +1,4 @@
-"""The benchmark on tiny instances: the judge, each peer, the cost of a step, and the whole command."""
+"""The benchmarks on tiny instances: scores, each peer, the cost of a step, and the commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from benchmarks import convex, lenet, run
-from benchmarks.objective import cast, score
 from benchmarks.peers import (
     TimedOut,
     Trial,
@@ -23,16 +22,25 @@ from benchmarks.peers import (
     sparsegpt,
     wanda,
 )
-from benchmarks.race import Reference, bisect, first, passed, reference
+from benchmarks.scoring import cast, score
 from benchmarks.steps import step_cost
+from benchmarks.time_to_tolerance import (
+    Reference,
+    bisect_steps,
+    is_within_tolerance,
+    reference,
+    run_until_tolerance,
+)
+from lightning_nettrim import ADMM
+from lightning_nettrim.core.certificate import violation
 from tests.problems import layer, optimum
 
-FAKE = """
+FAKE_AUTHORS_SOLVER = """
 import numpy as np
 
 
 def net_trim_solver(X, Y, V, epsilon, rho, max_iteration=10000):
-    print("chatter")
+    print("output that must not be shown")
     assert X.dtype == Y.dtype == np.float64 and X.flags.c_contiguous
     assert X.shape[1] == Y.shape[1] and V.shape == Y.shape and not V.any()
     return np.linalg.lstsq(X.T, Y.T, rcond=None)[0] * (1 - 1 / max_iteration)
@@ -51,59 +59,59 @@ def _one_thread():
 def clone(tmp_path):
     path = tmp_path / "clone" / authors.FILE
     path.parent.mkdir(parents=True)
-    path.write_text(FAKE, encoding="utf-8")
+    path.write_text(FAKE_AUTHORS_SOLVER, encoding="utf-8")
     return tmp_path / "clone"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_score_is_the_problems_own(dtype):
+def test_scores_agree_with_the_formulas_of_the_problem(dtype):
     problem = layer(bias=True, dtype=dtype)
     W = torch.where(problem.W.abs() > 0.1, 0.9 * problem.W, 0)
-    exact, judged = cast(problem, dtype=torch.float64), score(problem, W, 2.0, optimum=10.0)
+    exact, scores = cast(problem, dtype=torch.float64), score(problem, W, 2.0, optimum=10.0)
     W = W.double()
-    assert judged.objective == pytest.approx(float(exact.objective(W)))
-    assert judged.gap == pytest.approx(judged.objective / 10 - 1)
-    assert judged.violation == pytest.approx(float(exact.violation(W)))
-    assert judged.relative_error == pytest.approx(float(exact.local_error(W)))
-    assert judged.sparsity == float((W[:-1] == 0).double().mean())
-    assert judged.seconds == 2
-    assert judged.error == max(abs(judged.gap), judged.violation)
+    assert scores.objective == pytest.approx(float(exact.objective(W)))
+    assert scores.gap == pytest.approx(scores.objective / 10 - 1)
+    assert scores.violation == pytest.approx(float(violation(exact, W)))
+    assert scores.local_error == pytest.approx(float(exact.local_error(W)))
+    assert scores.sparsity == float((W[:-1] == 0).double().mean())
+    assert scores.seconds == 2
+    assert scores.optimality_error == max(abs(scores.gap), scores.violation)
 
 
-def test_the_score_refuses_another_shape():
+def test_score_rejects_weights_of_another_shape():
     problem = layer()
     with pytest.raises(ValueError, match="W: expected shape"):
         score(problem, problem.W.T, 0.0)
 
 
 @pytest.mark.parametrize("variant", [{}, {"relu": False}], ids=["relu", "linear"])
-def test_the_reference_and_every_peer_agree(variant):
+def test_reference_and_all_solvers_agree(variant):
     problem = layer(60, 12, 5, **variant)
     known = reference(problem)
     assert known.optimum == pytest.approx(optimum(problem), rel=2e-5)
     for peer in (ours, cvxpy_clarabel, cvxpy_scs):
-        race = first(known.judge(problem, peer.solve(problem)))
-        assert passed(race[-1]), peer.NAME
-        assert race[-1][0].seconds > 0
-        assert race[-1][0].steps > 0
+        trials = run_until_tolerance(known.score_trials(problem, peer.solve(problem)))
+        assert is_within_tolerance(trials[-1]), peer.NAME
+        assert trials[-1][0].seconds > 0
+        assert trials[-1][0].steps > 0
 
 
-def test_a_cone_solver_that_is_late_has_timed_out():
+def test_cone_solver_beyond_its_time_limit_raises_timed_out():
     for peer in (cvxpy_clarabel, cvxpy_scs):
-        with pytest.raises(TimedOut, match="no answer in 1e-06 minutes"):
+        with pytest.raises(TimedOut, match="no solution in 1e-06 minutes"):
             next(peer.solve(layer(60, 12, 5), minutes=1e-6))
 
 
-def test_the_trace_costs_the_solver_nothing():
+def test_recording_trials_does_not_change_the_solution():
     problem = layer()
     trials = list(ours.solve(problem))
-    solution, _ = ours.timed(problem, ours.ADMM())
+    solution, _ = ours.solve_timed(problem, ADMM())
     assert torch.equal(trials[-1].W, solution.W)
     assert trials[-1].steps == int(solution.steps)
     assert [t.seconds for t in trials] == sorted(t.seconds for t in trials)
 
 
-def test_what_is_absent_says_so(tmp_path, monkeypatch):
+def test_missing_clones_and_devices_raise_unavailable(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for trials in (authors.solve(layer(), tmp_path, 10, (1,)), ours.solve(layer(), "cuda")):
         with pytest.raises(Unavailable, match="clone github.com/DNNToolBox/Net-Trim|no CUDA device"):
@@ -112,41 +120,41 @@ def test_what_is_absent_says_so(tmp_path, monkeypatch):
         step_cost(8, 4, 2, "cuda")
 
 
-def test_the_authors_get_samples_in_columns(clone, capsys):
+def test_authors_solver_gets_samples_in_columns(clone, capsys):
     problem = layer(dtype=torch.float32)
-    few, many = authors.solve(problem, clone, 10, (2, 10**9))
+    short, long = authors.solve(problem, clone, 10, (2, 10**9))
     assert capsys.readouterr().out == ""
-    assert few.W.shape == many.W.shape == problem.W.shape
-    assert (few.steps, many.steps) == (2, 10**9)
-    torch.testing.assert_close(few.W, many.W / 2)
+    assert short.W.shape == long.W.shape == problem.W.shape
+    assert (short.steps, long.steps) == (2, 10**9)
+    torch.testing.assert_close(short.W, long.W / 2)
 
 
-def test_bisection_finds_the_first_count_that_passes():
+def test_bisection_finds_the_first_number_of_steps_within_tolerance():
     problem = layer()
-    W = ours.timed(problem, ours.ADMM(rtol=1e-5, atol=1e-5))[0].W
+    W = ours.solve_timed(problem, ADMM(rtol=1e-5, atol=1e-5))[0].W
     known = Reference(float(problem.objective(W)), 0.0, 0.0)
 
-    def again(count):
-        return next(known.judge(problem, [Trial(W if count >= 260 else 0 * W, 1.0, count)]))
+    def run_steps(count):
+        return next(known.score_trials(problem, [Trial(W if count >= 260 else 0 * W, 1.0, count)]))
 
-    race = first(map(again, (100, 200, 400, 800)))
-    assert [trial.steps for trial, _ in race] == [100, 200, 400]
-    assert [trial.steps for trial, _ in bisect(race, again)] == [100, 200, 250, 300, 400]
-    assert bisect(race[:2], again) == race[:2]
-    assert len(first(map(again, (100, 200, 400, 800)), seconds=1.5)) == 2
+    trials = run_until_tolerance(map(run_steps, (100, 200, 400, 800)))
+    assert [trial.steps for trial, _ in trials] == [100, 200, 400]
+    assert [trial.steps for trial, _ in bisect_steps(trials, run_steps)] == [100, 200, 250, 300, 400]
+    assert bisect_steps(trials[:2], run_steps) == trials[:2]
+    assert len(run_until_tolerance(map(run_steps, (100, 200, 400, 800)), max_seconds=1.5)) == 2
 
 
-def test_a_step_costs_something():
+def test_step_cost_is_positive():
     cost = step_cost(64, 16, 8)
     assert min(cost.step, cost.products, cost.gflops) > 0
     assert cost.ratio == cost.step / cost.products
     assert step_cost(64, 16, 8, tf32=True).step > 0
 
 
-def test_the_command_writes_a_table_and_a_picture(clone, tmp_path, monkeypatch, capsys):
-    def tiny(number, gain, samples, root, cache, neurons=None):
+def test_convex_command_writes_a_table_and_a_plot(clone, tmp_path, monkeypatch, capsys):
+    def tiny(number, relative_epsilon, samples, root, cache, neurons=None):
         problem = layer(60, 12, 5, dtype=torch.float32, seed=number)
-        return replace(problem, epsilon=gain * problem.Y.norm())
+        return replace(problem, epsilon=relative_epsilon * problem.Y.norm())
 
     monkeypatch.setattr(lenet, "problem", tiny)
     out = tmp_path / "out"
@@ -162,16 +170,16 @@ def test_the_command_writes_a_table_and_a_picture(clone, tmp_path, monkeypatch, 
     assert str(tmp_path) not in (out / "convex.csv").read_text(encoding="utf-8")
 
 
-def test_an_unknown_section_is_refused(capsys):
+def test_unknown_section_is_rejected(capsys):
     with pytest.raises(SystemExit):
         run.main(["convex", "--sections", "nothing"])
     assert "invalid choice" in capsys.readouterr().err
 
 
-# --- pruning without retraining
+# --- one-shot pruning
 
 
-PEERS = {
+FAKE_PEERS = {
     "alps.py": """
 import transformers
 import torch
@@ -189,7 +197,7 @@ class ALPS_prune:
         self.inp = inp.to(dev)
 
     def ALPS_admm(self, sp, nm_n=0, nm_m=0):
-        print("chatter")
+        print("output that must not be shown")
         torch.cuda.synchronize()
         kept = round((1 - sp) * self.layer.weight.numel())
         threshold = self.layer.weight.abs().flatten().sort(descending=True).values[kept]
@@ -208,7 +216,7 @@ class SparseGPT:
         pass
 
     def fasterprune(self, sparsity, prunen=0, prunem=0):
-        self.asked = self.layer.asked = (sparsity, prunen, prunem)
+        self.layer.arguments = (sparsity, prunen, prunem)
 """,
     "lib/layerwrapper.py": """
 import torch
@@ -226,20 +234,20 @@ class WrappedGPT:
 
 @pytest.fixture
 def peers(tmp_path):
-    for name, source in PEERS.items():
+    for name, source in FAKE_PEERS.items():
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(source, encoding="utf-8")
     return tmp_path
 
 
-def test_the_authors_code_runs_on_the_device_at_hand_and_says_nothing(peers, capsys):
+def test_code_of_peers_runs_on_the_cpu_without_output(peers, capsys):
     layer, X, synchronize = torch.nn.Linear(8, 6), torch.randn(20, 8), torch.cuda.synchronize
     installed = sys.modules.get("transformers")
     alps.method(peers)(layer, X, 0.75, None)
     assert int((layer.weight != 0).sum()) == 12
     sparsegpt.method(peers)(layer, X, 0.5, (2, 4))
-    assert layer.asked == (0.5, 2, 4)
+    assert layer.arguments == (0.5, 2, 4)
     layer = torch.nn.Linear(8, 6)
     score = layer.weight.detach().abs() * X.norm(dim=0)
     wanda.method(peers)(layer, X, 0.75, None)
@@ -254,7 +262,7 @@ def test_the_authors_code_runs_on_the_device_at_hand_and_says_nothing(peers, cap
 
 
 @pytest.mark.parametrize("peer", [alps, sparsegpt, wanda])
-def test_a_clone_that_is_not_there_is_named(peer, tmp_path):
+def test_missing_clone_raises_unavailable(peer, tmp_path):
     for clone in (None, tmp_path):
         with pytest.raises(Unavailable, match="clone github.com/"):
             peer.method(clone)
@@ -263,19 +271,9 @@ def test_a_clone_that_is_not_there_is_named(peer, tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The 'train_dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
-def test_the_one_shot_command_prints_a_table_and_writes_its_files(tmp_path, peers, capsys, data):
-    settings = [
-        "--out",
-        str(tmp_path / "out"),
-        "--alps",
-        str(peers),
-        "--seeds",
-        "1",
-        "--epochs",
-        "1",
-        "--samples",
-        "500",
-    ]
+def test_oneshot_command_prints_a_table_and_writes_its_files(tmp_path, peers, capsys, data):
+    settings = ["--out", str(tmp_path / "out"), "--alps", str(peers)]
+    settings += ["--seeds", "1", "--epochs", "1", "--samples", "500"]
     run.main(["oneshot", *settings, "--budgets", "0.9", "2:4"])
     printed = capsys.readouterr().out
     assert "SparseGPT (authors) skipped" in printed
@@ -283,24 +281,26 @@ def test_the_one_shot_command_prints_a_table_and_writes_its_files(tmp_path, peer
         rows = {(row["budget"], row["method"]): row for row in csv.DictReader(file)}
     for method in ("ours", "ours, allocated", "magnitude + refit", "ALPS (authors)"):
         assert method in printed
-        assert float(rows["0.9", method]["zeros"]) == pytest.approx(0.9, abs=2e-3)
+        assert float(rows["0.9", method]["sparsity"]) == pytest.approx(0.9, abs=2e-3)
     assert float(rows["0", "dense"]["accuracy"]) > 90
-    assert float(rows["2:4", "ours"]["zeros"]) == pytest.approx(0.498, abs=1e-3)
-    assert float(rows["0.9", "ours"]["error1"]) < float(rows["0.9", "magnitude + refit"]["error1"])
+    assert float(rows["2:4", "ours"]["sparsity"]) == pytest.approx(0.498, abs=1e-3)
+    assert float(rows["0.9", "ours"]["end_to_end_error_1"]) < float(
+        rows["0.9", "magnitude + refit"]["end_to_end_error_1"]
+    )
     assert (tmp_path / "out/oneshot.png").stat().st_size > 1000
 
 
 @pytest.mark.slow
-def test_what_is_measured_in_processes_of_their_own(tmp_path, capsys):
+def test_processes_and_memory_commands_print_tables_and_write_their_files(tmp_path, capsys):
     sizes = ["--samples", "200", "--inputs", "20", "--outputs", "8"]
-    run.main(["ranks", "--out", str(tmp_path), *sizes])
+    run.main(["processes", "--out", str(tmp_path), *sizes])
     images = ["--images", "8", "--batch", "4", "--size", "32", "--samples", "256"]
     run.main(["memory", "--out", str(tmp_path), "--network", "squeezenet1_1", "--limits", "1", *images])
-    with (tmp_path / "ranks.csv").open() as file:
-        rows = [(r["solver"], r["share"], int(r["processes"]), int(r["rows"])) for r in csv.DictReader(file)]
-    counts = [("in all", 1, 200), ("each", 1, 200), ("in all", 2, 200), ("each", 2, 400)]
+    with (tmp_path / "processes.csv").open() as file:
+        rows = [(r["solver"], r["scaling"], int(r["processes"]), int(r["rows"])) for r in csv.DictReader(file)]
+    counts = [("strong", 1, 200), ("weak", 1, 200), ("strong", 2, 200), ("weak", 2, 400)]
     assert rows == [(solver, *count) for count in counts for solver in ("ADMM", "Cardinality")]
     with (tmp_path / "memory.csv").open() as file:
         (row,) = csv.DictReader(file)
     assert 0 < float(row["peak"]) == pytest.approx(float(row["ratio"]) * float(row["limit"]))
-    assert "most at" in capsys.readouterr().out
+    assert "peak layer" in capsys.readouterr().out

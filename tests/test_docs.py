@@ -35,6 +35,18 @@ def test_the_examples_of_extending_run(tmp_path, monkeypatch):
     assert module.CountWeights.name == "count"
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+def test_other_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = run(ROOT / page)
+    if page == "README.md":
+        assert module.net_trim.result.sparsity == pytest.approx(0.8, abs=1e-3)
+        metrics = module.net_trim.metrics
+        assert metrics["pruned"]["val_acc"] > metrics["dense"]["val_acc"] - 0.02
+
+
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
 def test_links_between_pages_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,8 +18,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 from ranked_ddp import Net
 from safetensors.torch import load_file
 
-from lightning_nettrim import Cardinality, NetTrim, path, refit, trim
-from lightning_nettrim.runtime.distributed import ProcessGroup
+from lightning_nettrim import NetTrim, trim
 
 HERE = Path(__file__).parent
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
@@ -66,19 +64,6 @@ def test_two_processes_prune_as_one_does(found, case):
         torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5)
     assert totals == others
     assert totals == pytest.approx(expected, rel=1e-5, abs=1e-9)
-
-
-def test_two_processes_solve_one_problem(found):
-    problem = ranked.linear_problem()
-    expected = {
-        "path": torch.stack([solution.W for solution in path(problem, [4.0, 2.0])]),
-        "refit": refit(problem, problem.W * (problem.W.abs() > 0.5)),
-        "cardinality": Cardinality().solve(problem).W,
-    }
-    for name, W in expected.items():
-        first, second = (torch.stack(of[name]) if name == "path" else of[name] for of in found)
-        assert torch.equal(first, second)
-        torch.testing.assert_close(first, W, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -157,33 +142,6 @@ def test_a_process_that_dies_ends_a_fit_and_leaves_no_half_written_file(tmp_path
             assert file.parent.name == "layers"
             load_file(file)
     assert not list(tmp_path.glob("2/*.pt"))
-
-
-@dataclass(frozen=True)
-class Beside(ProcessGroup):
-    """This process beside a second one, in which everything is as given."""
-
-    count: int = 2
-    other: object = None
-
-    def gather(self, value):
-        return [value, value if self.other is None else self.other]
-
-
-def test_processes_that_end_differently_are_refused():
-    weight = torch.ones(2, 3)
-    Beside().check_identical({"fc.weight": weight})
-    with pytest.raises(RuntimeError, match="fc.weight: expected the same values in all 2 processes"):
-        Beside(other=["0"]).check_identical({"fc.weight": weight})
-
-
-def test_processes_that_use_a_layer_differently_are_refused():
-    seen = {"0": "ReLU", "2": "linear"}
-    Beside().check_agreement(seen)
-    with pytest.raises(ValueError, match="2: expected the same use .*, got 'linear' .* 0 and 'not used' .* 1"):
-        Beside(other={"0": "ReLU"}).check_agreement(seen)
-    with pytest.raises(ValueError, match="0: expected the same use .*, got 'earlier' .* and 'later'"):
-        Beside(other={"2": "linear", "0": "ReLU"}).check_agreement(seen)
 
 
 def test_distributed_needs_a_group():

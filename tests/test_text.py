@@ -161,9 +161,9 @@ def test_the_command_prints_a_table_and_writes_its_file(short, tmp_path, monkeyp
     assert rows.keys() == {"dense", *llama.METHODS}
     for method in llama.METHODS:
         assert method in printed
-        assert float(rows[method]["zeros"]) == pytest.approx(0.7, abs=0.01)
+        assert float(rows[method]["sparsity"]) == pytest.approx(0.7, abs=0.01)
         assert float(rows[method]["loss"]) > 0
-    assert float(rows["dense"]["zeros"]) == 0
+    assert float(rows["dense"]["sparsity"]) == 0
     assert (tmp_path / "out/llama-1.pt").exists()
     data, model = made(length=8), CharLlama(**TINY)
     model.load_state_dict(torch.load(tmp_path / "out/llama-1.pt", weights_only=True))

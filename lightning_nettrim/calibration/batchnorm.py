@@ -19,27 +19,27 @@ Moments = tuple[int, Tensor, Tensor]
 
 
 def reestimate(
-    model: nn.Module, name: str, replays: Iterable[CalibrationBatch], processes: ProcessGroup = SINGLE_PROCESS
+    model: nn.Module, name: str, batches: Iterable[CalibrationBatch], processes: ProcessGroup = SINGLE_PROCESS
 ) -> dict[str, Tensor]:
     """Re-estimate the running statistics of one BatchNorm.
 
     Args:
         model: the model, in evaluation mode.
         name: name of the BatchNorm.
-        replays: the batches of the calibration set.
+        batches: the batches of the calibration set.
         processes: processes that each have batches of their own.
 
     Returns:
         ``{name: values}``: mean and variance of its inputs, ``(channels,)`` each, in float64.
     """
-    ((_, (mean, variance)),) = _statistics(model, [name], replays, processes).items()
+    ((_, (mean, variance)),) = _statistics(model, [name], batches, processes).items()
     return {joined(name, "running_mean"): mean, joined(name, "running_var"): variance}
 
 
 def reestimate_preserving_output(
     model: nn.Module,
     names: Sequence[str],
-    replays: Iterable[CalibrationBatch],
+    batches: Iterable[CalibrationBatch],
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Tensor]:
     """Re-estimate the running statistics of several BatchNorms, and adapt γ and β so that their outputs do not change.
@@ -49,7 +49,7 @@ def reestimate_preserving_output(
     Args:
         model: the model, in evaluation mode.
         names: names of the BatchNorms.
-        replays: the batches of the calibration set.
+        batches: the batches of the calibration set.
         processes: processes that each have batches of their own.
 
     Returns:
@@ -57,7 +57,7 @@ def reestimate_preserving_output(
     """
     values: dict[str, Tensor] = {}
     affine = [name for name in names if model.get_submodule(name).weight is not None]
-    for name, (mean, variance) in _statistics(model, affine, replays, processes).items():
+    for name, (mean, variance) in _statistics(model, affine, batches, processes).items():
         norm: Any = model.get_submodule(name)
         sigma, new_sigma = (norm.running_var.double() + norm.eps).sqrt(), (variance + norm.eps).sqrt()
         gamma, beta = norm.weight.double(), norm.bias.double()

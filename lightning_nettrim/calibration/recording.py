@@ -69,7 +69,7 @@ def call_hooks(
 def record(
     model: nn.Module,
     layers: Mapping[str, Layer],
-    replays: Iterable[CalibrationBatch],
+    batches: Iterable[CalibrationBatch],
     *,
     contexts: Mapping[str, LayerContext] | None = None,
     inputs: Collection[str] | None = None,
@@ -86,7 +86,7 @@ def record(
     Args:
         model: the model, in evaluation mode.
         layers: ``{name: layer}`` to record.
-        replays: the batches of the calibration set.
+        batches: the batches of the calibration set.
         contexts: what follows each layer; if ``None``, no residuals are recorded.
         inputs: names of layers to record X of; ``None`` is all.
         outputs: names of layers to record Z of; ``None`` is all.
@@ -141,7 +141,7 @@ def record(
     tracer = Tracer(model, on_sum)
     padding = PaddingMasks().followed(model)
     with padding as masks, call_hooks(layers, on_call), tracer if any(residual_sums.values()) else ExitStack():
-        for batch in replays:
+        for batch in batches:
             finished = 0
             try:
                 batch(model)

@@ -71,17 +71,17 @@ class Tracer(TorchDispatchMode):
 
     Args:
         model: the model; its BatchNorms are identified by their running statistics.
-        summed: called as ``summed(name, call, other summand)`` before a residual sum of a followed tensor.
+        on_sum: called as ``on_sum(name, call, other summand)`` before a residual sum of a followed tensor.
     """
 
-    def __init__(self, model: nn.Module, summed: Callable[[str, Any, Tensor], None] | None = None) -> None:
+    def __init__(self, model: nn.Module, on_sum: Callable[[str, Any, Tensor], None] | None = None) -> None:
         super().__init__()
         self._norms = {
             id(module.running_mean): name
             for name, module in model.named_modules()
             if isinstance(module, BATCH_NORMS) and module.running_mean is not None
         }
-        self._summed = summed
+        self._on_sum = on_sum
         self._followed = WeakTensorKeyDictionary()  # tensor → [(value, whether it is laid out as the layer's output)]
 
     def follow(self, tensor: Tensor, name: str, call: Any = None, channels: bool = True) -> TracedValue:
@@ -101,7 +101,7 @@ class Tracer(TorchDispatchMode):
         """Stop following all tensors."""
         self._followed.clear()
 
-    def met(self, tensor: Tensor, use: str) -> None:
+    def record_use(self, tensor: Tensor, use: str) -> None:
         """Record a use of a tensor, if it is followed."""
         for value, _ in self._values(tensor):
             value.uses.append((use, None, None))
@@ -157,8 +157,8 @@ class Tracer(TorchDispatchMode):
             return None
         following = TracedValue(value.name, value.call, value.channels)
         value.uses.append(("norm" if norm is not None else "sum", norm, following))
-        if norm is None and self._summed is not None:
-            self._summed(value.name, value.call, args[1] if tensor is args[0] else args[0])
+        if norm is None and self._on_sum is not None:
+            self._on_sum(value.name, value.call, args[1] if tensor is args[0] else args[0])
         return following, True
 
     def _norm(self, name: str, args: Any) -> str | None:

@@ -48,7 +48,7 @@ class ForwardTrace:
         return contexts | self.unusable | {name: f"after {layer}" for name, layer in self.batchnorms.items()}
 
 
-def trace_forward(model: nn.Module, layers: Mapping[str, Layer], replays: Iterable[CalibrationBatch]) -> ForwardTrace:
+def trace_forward(model: nn.Module, layers: Mapping[str, Layer], batches: Iterable[CalibrationBatch]) -> ForwardTrace:
     """Run batches through a model and determine what follows each layer.
 
     The output of a layer is followed through a BatchNorm with running statistics, residual sums and max-pooling up to a
@@ -59,7 +59,7 @@ def trace_forward(model: nn.Module, layers: Mapping[str, Layer], replays: Iterab
     Args:
         model: the model, in evaluation mode.
         layers: ``{name: layer}``.
-        replays: batches of the calibration set.
+        batches: batches of the calibration set.
 
     Raises:
         AmbiguousBatch: if the arguments of the model cannot be determined from a batch.
@@ -107,7 +107,7 @@ def trace_forward(model: nn.Module, layers: Mapping[str, Layer], replays: Iterab
         for name, module in model.named_modules():
             if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
                 stack.callback(module.register_forward_pre_hook(on_batchnorm(name)).remove)
-        for batch in replays:
+        for batch in batches:
             try:
                 with tracer, products:
                     result = batch(model)
@@ -122,7 +122,7 @@ def trace_forward(model: nn.Module, layers: Mapping[str, Layer], replays: Iterab
                 ) from error
             for leaf in tree_flatten(result)[0]:
                 if isinstance(leaf, Tensor):
-                    tracer.met(leaf, "returned")
+                    tracer.record_use(leaf, "returned")
             for name, outputs in values.items():
                 calls[name] = max(calls.get(name, 0), len(outputs))
                 contexts[name] += [value.context() for value in outputs]

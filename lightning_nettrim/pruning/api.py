@@ -27,7 +27,7 @@ from lightning_nettrim.pruning.session import CalibrationSource, calibrate
 from lightning_nettrim.runtime.distributed import ProcessGroup
 from lightning_nettrim.runtime.memory import GIB
 from lightning_nettrim.runtime.progress import Progress
-from lightning_nettrim.runtime.resume import ResumeStore, remove_entries
+from lightning_nettrim.runtime.resume import ResumeStore
 from lightning_nettrim.solvers import Solver
 
 CHECKED_INPUTS, CHECKED_ROWS = 64, 256
@@ -145,10 +145,11 @@ def trim(
         Aghasi, Abdi, Romberg, "Fast Convex Pruning of Deep Neural Networks", SIAM J. Math. Data Sci. 2020.
     """
     config = PruningConfig.from_arguments(locals())
-    folders = [Path(other) for other in resume_from]
+    stores: list[ResumeStore] = []
 
     def resume(processes: ProcessGroup) -> ResumeStore:
-        return ResumeStore(Path(str(folder)), folders, processes)
+        stores.append(ResumeStore(Path(str(folder)), [Path(other) for other in resume_from], processes))
+        return stores[-1]
 
     result = prune_model(
         model,
@@ -161,8 +162,8 @@ def trim(
         on_trial=on_trial,
         on_progress=on_progress,
     )
-    if folder is not None and not dry_run:
-        remove_entries(Path(folder), result.reused)
+    for store in stores:
+        store.remove()
     return result
 
 

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 OFFLOAD_TARGETS = ("device", "cpu", "disk")
@@ -80,8 +81,6 @@ class TensorStore:
         self.size -= size
 
     def _write(self, tensors: Sequence[Tensor]) -> Path:
-        from safetensors.torch import save_file
-
         if self._folder is None:
             self._folder = Path(tempfile.mkdtemp(prefix="nettrim-"))
             weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
@@ -109,8 +108,6 @@ class StoredTensors:
         """The tensors; those in a file are read into new memory on the CPU."""
         if self._file is None:
             return self._tensors
-        from safetensors.torch import load
-
         path, store = self._file
         content = path.read_bytes()
         store._record_transfer(len(content))

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup
@@ -96,12 +98,17 @@ class ResumeStore:
         path = self.folder / _file_name(name)
         try:
             _write(path, cause, tensors, facts)
-        except (OSError, ImportError) as error:
+        except OSError as error:
             self._writable = False
             log.warning(
                 "NetTrim: %s cannot be written (%s): the run continues, but cannot be resumed after an interruption",
                 path, error,
             )  # fmt: skip
+
+    def remove(self) -> None:
+        """Remove the entries of a finished run, and those of interrupted runs that it has read; by process 0."""
+        if self._processes.rank == 0:
+            remove_entries(self.folder, self.reused)
 
 
 def remove_entries(folder: Path, reused: Sequence[Path] = ()) -> None:
@@ -119,8 +126,6 @@ def _file_name(name: str) -> str:
 
 
 def _read(path: Path, cause: str) -> tuple[dict[str, Tensor], Any] | None:
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         header = file.metadata() or {}
         if header.get("cause") != cause:
@@ -132,8 +137,6 @@ def _read(path: Path, cause: str) -> tuple[dict[str, Tensor], Any] | None:
 
 
 def _write(path: Path, cause: str, tensors: Mapping[str, Tensor], facts: Any) -> None:
-    from safetensors.torch import save
-
     on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     text = json.dumps(facts)
     write_atomically(path, save(on_cpu, {"cause": cause, "facts": text, "contents": fingerprint(on_cpu, text)}))

@@ -1,4 +1,4 @@
-"""Recording, and finding the ReLU that follows a layer by watching a batch flow."""
+"""Tracing finds what follows a layer from the operations of a forward pass."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
-from lightning_nettrim.calibration.recording import record
 from lightning_nettrim.calibration.tracing import trace_forward
 from lightning_nettrim.layers import find_layers
-from lightning_nettrim.layers.context import LayerContext
 
 
 class Net(nn.Module):
+    """Two Linear layers with a function between them."""
+
     def __init__(self, between):
         super().__init__()
         self.a, self.b, self.between = nn.Linear(6, 5), nn.Linear(5, 3), between
@@ -45,9 +45,9 @@ RELU = {
     "clamp": lambda net, y: y.clamp(min=0),
     "clamp_": lambda net, y: y.clamp_(min=0.0),
     "torch.clamp_min": lambda net, y: torch.clamp_min(y, 0),
-    "behind dropout": lambda net, y: net.dropout(y).relu(),
-    "behind views": lambda net, y: y.unflatten(1, (5, 1)).flatten(1).unsqueeze(0).squeeze(0).relu(),
-    "twice the same": lambda net, y: y.relu() + F.relu(y),
+    "after dropout": lambda net, y: net.dropout(y).relu(),
+    "after views": lambda net, y: y.unflatten(1, (5, 1)).flatten(1).unsqueeze(0).squeeze(0).relu(),
+    "two equal relus": lambda net, y: y.relu() + F.relu(y),
     "view in place": inplace_view,
     "called twice": twice,
 }
@@ -55,12 +55,12 @@ LINEAR = {
     "nothing": lambda net, y: y,
     "gelu": lambda net, y: F.gelu(y),
     "steep leaky": lambda net, y: F.leaky_relu(y, 1.5),
-    "residual around": lambda net, y: y + y.relu(),
+    "residual around the relu": lambda net, y: y + y.relu(),
     "batch norm by the batch": lambda net, y: F.batch_norm(y, None, None, training=True).relu(),
-    "batch norm beside": lambda net, y: net.norm(y).relu() + y,
+    "batch norm, also read before": lambda net, y: net.norm(y).relu() + y,
     "a number added": lambda net, y: (y + 1).relu(),
     "itself added": lambda net, y: (y + y).relu(),
-    "added twice over": lambda net, y: torch.add(y, net.other, alpha=2).relu(),
+    "added with a factor": lambda net, y: torch.add(y, net.other, alpha=2).relu(),
     "negated": lambda net, y: (-y).relu(),
     "average pooling before": lambda net, y: F.avg_pool1d(y.unsqueeze(1), 5).expand(-1, 5, 1).squeeze(-1).relu(),
 }
@@ -95,20 +95,20 @@ def contexts(net, x):
 
 
 @pytest.mark.parametrize("between", RELU.values(), ids=RELU.keys())
-def test_a_relu_is_seen(between):
+def test_a_relu_is_found(between):
     found = contexts(Net(between), torch.randn(4, 6))
     assert str(found["a"]) == "ReLU"
     assert str(found["b"]) == "linear"
 
 
 @pytest.mark.parametrize("between", LINEAR.values(), ids=LINEAR.keys())
-def test_anything_else_is_linear(between):
+def test_the_response_is_linear_otherwise(between):
     assert str(contexts(Net(between), torch.randn(4, 6))["a"]) == "linear"
 
 
-@pytest.mark.parametrize(("between", "follows"), OTHERS.values(), ids=OTHERS.keys())
-def test_what_follows_is_seen(between, follows):
-    assert str(contexts(Net(between), torch.randn(4, 6))["a"]) == follows
+@pytest.mark.parametrize(("between", "description"), OTHERS.values(), ids=OTHERS.keys())
+def test_other_operations_are_found(between, description):
+    assert str(contexts(Net(between), torch.randn(4, 6))["a"]) == description
 
 
 def test_a_response_that_is_also_returned_is_linear():
@@ -127,7 +127,7 @@ def test_a_response_that_is_also_returned_is_linear():
     assert str(found.contexts["a"]) == "linear"
 
 
-def test_calls_and_order_are_those_of_the_execution():
+def test_layers_are_in_order_of_execution_with_their_calls():
     class Backwards(nn.Module):
         def __init__(self):
             super().__init__()
@@ -139,68 +139,53 @@ def test_calls_and_order_are_those_of_the_execution():
     net = Backwards()
     found = trace_forward(net, find_layers(net)[0], [CalibrationBatch(torch.ones(2, 4))]).contexts
     assert list(found) == ["first", "last"]
-    assert [flow.calls for flow in found.values()] == [2, 1]
+    assert [context.calls for context in found.values()] == [2, 1]
     assert str(found["first"]) == "ReLU"
 
 
-@pytest.mark.parametrize("between", [RELU["module in place"], RELU["view in place"], RELU["Tensor.relu"]])
-def test_a_tape_holds_what_went_in_and_what_came_out_before_the_relu(between):
-    net, x = Net(between), torch.randn(30, 6)
-    with evaluation_mode(net):
-        recordings = record(net, find_layers(net)[0], [CalibrationBatch(p) for p in x.split(7)], num_samples=100, seed=0)
-    with torch.no_grad():
-        Z = torch.cat([net.a(p) for p in x.split(7)])
-    assert torch.equal(recordings["a"].X, x)
-    assert torch.equal(recordings["a"].Z, Z)
-    assert torch.equal(recordings["b"].X, Z.relu())
-
-
-def test_leading_dimensions_are_rows_and_rows_are_bounded_and_aligned():
-    net, x = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), torch.randn(50, 7, 3)
-    layers = find_layers(net)[0]
-    held = [CalibrationBatch(p) for p in x.split(8)]
-    with evaluation_mode(net):
-        recordings = record(net, layers, held, num_samples=64, seed=0)
-        again = record(net, {"2": layers["2"]}, held, outputs=(), num_samples=64, seed=0)
-    assert recordings["0"].seen == 350
-    assert tuple(recordings["0"].X.shape) == (64, 3)
-    assert torch.equal(recordings["0"].Z.relu(), recordings["2"].X)
-    assert torch.equal(again["2"].X, recordings["2"].X)
-    assert again["2"].Z is None
-
-
-def test_the_rest_of_a_forward_pass_is_skipped():
-    class Guarded(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
-
-        def forward(self, x):
-            self.a(x)
-            raise RuntimeError("reached")
-
-    net = Guarded()
-    with evaluation_mode(net):
-        layers, contexts = {"a": find_layers(net)[0]["a"]}, {"a": LayerContext(1)}
-        recordings = record(
-            net, layers, [CalibrationBatch(torch.ones(2, 3))], contexts=contexts, num_samples=9, seed=0, stop=True
-        )
-    assert len(recordings["a"].X) == 2
-
-
-def test_afterwards_the_model_is_as_it_was():
-    net = Net(RELU["module"])
-    net.norm.eval()
-    modes = [module.training for module in net.modules()]
-    with pytest.raises(RuntimeError), evaluation_mode(net):  # noqa: PT012
-        assert not any(module.training for module in net.modules())
-        record(net, find_layers(net)[0], [CalibrationBatch(torch.ones(2, 99))], num_samples=9, seed=0)
-    assert [module.training for module in net.modules()] == modes
-    assert all(not module._forward_hooks for module in net.modules())
-
-
-def test_a_batch_that_the_model_refuses_is_named():
+def test_the_shapes_of_a_batch_that_the_model_refuses_are_named():
     net = Net(RELU["module"])
     with pytest.raises(ValueError, match=r"Net.forward takes, got inputs of shapes \[\(2, 99\)\]"):
         trace_forward(net, find_layers(net)[0], [CalibrationBatch(torch.ones(2, 99))])
     assert all(not module._forward_hooks for module in net.modules())
+
+
+def test_rows_and_batchnorms_are_in_the_trace():
+    net, x = Net(lambda net, y: net.norm(y).relu()), torch.randn(30, 6)
+    with evaluation_mode(net):
+        trace = trace_forward(net, find_layers(net)[0], [CalibrationBatch(part) for part in x.split(8)])
+    assert trace.rows == {"a": 30, "b": 30}
+    assert trace.batchnorms == {"norm": "a"}
+    assert trace.described() == {"a": "BatchNorm, ReLU after norm", "b": "linear", "norm": "after a"}
+    assert trace.unusable == {}
+    assert trace.direct_products == []
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in net.modules())
+
+
+def test_a_layer_with_another_output_than_its_product_is_unusable():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    net = nn.Sequential(Doubled(5, 5), nn.ReLU(), nn.Linear(5, 2))
+    with evaluation_mode(net):
+        trace = trace_forward(net, find_layers(net)[0], [CalibrationBatch(torch.randn(9, 5))])
+    assert trace.unusable == {"0": "Doubled does not compute the product of its weights and inputs"}
+    assert list(trace.contexts) == ["2"]
+
+
+def test_a_weight_that_is_used_outside_its_layer_is_unusable():
+    class Direct(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.own = nn.Linear(4, 4), nn.Linear(4, 4), nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x):
+            return self.b(self.a(x)) @ self.a.weight @ self.own
+
+    net = Direct()
+    with evaluation_mode(net):
+        trace = trace_forward(net, find_layers(net)[0], [CalibrationBatch(torch.randn(9, 4))])
+    assert "outside its own forward" in trace.unusable["a"]
+    assert list(trace.contexts) == ["b"]
+    assert trace.direct_products == ["a.weight", "own"]

@@ -1,4 +1,4 @@
-"""Modules as other people build them: compiled, pruned, parametrized, with weights that are used directly."""
+"""Modules as other people write them: compiled, pruned, parametrized, with weights that are used directly."""
 
 from __future__ import annotations
 
@@ -12,16 +12,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torch.utils.data import DataLoader, TensorDataset
+from trainers import LIGHTNING_WARNINGS, make_trainer
 
 from lightning_nettrim import Magnitude, NetTrim, trim
 from lightning_nettrim.layers import find_layers
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:The number of training batches"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
+    *LIGHTNING_WARNINGS,
     pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated:FutureWarning"),
 ]
 
@@ -29,7 +26,8 @@ X = torch.randn(200, 6, generator=torch.Generator().manual_seed(0))
 HALF = {"sparsity": 0.5, "allocate": "uniform", "max_rows": 512}
 
 
-def stack():
+def network():
+    """6-8-4 with a ReLU, the same in every call."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
 
@@ -42,11 +40,11 @@ def sparsity(weight):
 
 
 class Module(pl.LightningModule):
-    """The network of `stack` by several ways of compiling."""
+    """`network`, compiled in one of several ways."""
 
     def __init__(self, how="not"):
         super().__init__()
-        net = stack()
+        net = network()
         self.net = torch.compile(net, backend="eager") if how == "submodule" else net
         if how == "in place":
             self.net.compile(backend="eager")
@@ -75,22 +73,14 @@ class Module(pl.LightningModule):
         return DataLoader(TensorDataset(X), batch_size=50)
 
 
-def make_trainer(path, *callbacks, **options):
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    defaults = {"logger": False, "max_epochs": 1, "num_sanity_val_steps": 0} | quiet
-    return pl.Trainer(
-        accelerator="cpu", devices=1, default_root_dir=path, callbacks=list(callbacks), **(defaults | options)
-    )
-
-
 @pytest.mark.parametrize("how", ["submodule", "in place", "method", "module"])
-def test_a_compiled_module_is_pruned_as_the_eager_one_is(tmp_path, how):
+def test_a_compiled_module_is_pruned_like_the_eager_one(tmp_path, how):
     models, callbacks = [], []
     for kind in ("not", how):
         torch.manual_seed(0)
         model = torch.compile(Module(), backend="eager") if kind == "module" else Module(kind)
         callback = NetTrim(per_layer={"net.0": {"sparsity": 0.25}}, **HALF)
-        make_trainer(tmp_path / kind.replace(" ", "_"), callback).fit(model)
+        make_trainer(tmp_path / kind.replace(" ", "_"), callback, max_epochs=1).fit(model)
         models.append(model)
         callbacks.append(callback)
     eager, compiled = (list(model.parameters()) for model in models)
@@ -102,7 +92,7 @@ def test_a_compiled_module_is_pruned_as_the_eager_one_is(tmp_path, how):
 
 @pytest.mark.parametrize(("written", "read"), [("submodule", "not"), ("not", "submodule"), ("submodule", "submodule")])
 def test_checkpoints_of_compiled_modules_load_into_either_form(tmp_path, written, read):
-    make_trainer(tmp_path, first := NetTrim(**HALF)).fit(source := Module(written))
+    make_trainer(tmp_path, first := NetTrim(**HALF), max_epochs=1).fit(source := Module(written))
     file = first.folder / "pruned.ckpt"
     keys = torch.load(file, weights_only=True)["state_dict"]
     assert any("_orig_mod" in key for key in keys) == (written == "submodule")
@@ -115,8 +105,8 @@ def test_checkpoints_of_compiled_modules_load_into_either_form(tmp_path, written
     assert not any(torch.equal(a, b) for a, b in pairs)
 
 
-def test_trim_prunes_what_is_compiled():
-    whole, inside, eager = stack(), stack(), stack()
+def test_trim_prunes_compiled_modules():
+    whole, inside, eager = network(), network(), network()
     inside[0].compile(backend="eager")
     for model in (torch.compile(whole, backend="eager"), inside, eager):
         trim(model, X.split(50), **HALF)
@@ -128,8 +118,8 @@ def test_trim_prunes_what_is_compiled():
 # --- pruned, parametrized
 
 
-def test_weights_pruned_by_torch_are_pruned_further_and_keep_their_form():
-    model, plain = stack(), stack()
+def test_weights_pruned_by_torch_are_pruned_further_and_stay_parametrized():
+    model, plain = network(), network()
     prune.l1_unstructured(model[0], "weight", amount=0.25)
     prune.l1_unstructured(model[0], "bias", amount=0.25)
     with torch.no_grad():
@@ -158,8 +148,8 @@ REPARAMETRIZED = {
 
 @pytest.mark.parametrize("change", REPARAMETRIZED.values(), ids=REPARAMETRIZED.keys())
 @pytest.mark.parametrize("ignored", [True, False])
-def test_computed_weights_are_left_alone_with_the_reason(change, ignored):
-    model = stack().eval()
+def test_computed_weights_stay_dense_with_the_reason(change, ignored):
+    model = network().eval()
     change(model[0])
     with torch.no_grad():
         before = model[0](X)
@@ -172,8 +162,8 @@ def test_computed_weights_are_left_alone_with_the_reason(change, ignored):
         assert torch.equal(model[0](X), before)
 
 
-def test_a_reason_says_what_to_do_and_that_works():
-    model = stack().eval()
+def test_a_layer_is_pruned_after_its_parametrization_is_removed():
+    model = network().eval()
     parametrizations.weight_norm(model[0])
     parametrize.remove_parametrizations(model[0], "weight")
     trim(model, X.split(50), **HALF)
@@ -183,7 +173,7 @@ def test_a_reason_says_what_to_do_and_that_works():
 # --- attention
 
 
-def test_cross_attention_is_listed_and_the_rest_of_a_decoder_is_pruned():
+def test_cross_attention_is_skipped_and_the_rest_of_a_decoder_is_pruned():
     torch.manual_seed(0)
 
     class Translator(nn.Module):
@@ -204,11 +194,11 @@ def test_cross_attention_is_listed_and_the_rest_of_a_decoder_is_pruned():
     assert "expected self-attention" in reasons["decoder.layers.0.multihead_attn.in_proj"]
 
 
-# --- weights that are used directly, parameters that are no layers
+# --- weights that are used directly, parameters that are not layers
 
 
 class Fused(nn.Module):
-    """Uses the weights of a Linear directly, as eva02 and Mamba do, and has a matrix and tokens of its own."""
+    """Uses the weights of a Linear directly, like eva02 and Mamba, and has a matrix and tokens of its own."""
 
     def __init__(self, size=16):
         super().__init__()
@@ -223,7 +213,7 @@ class Fused(nn.Module):
         return self.both(y) + F.linear(y, self.both.weight)
 
 
-def test_weights_that_are_used_directly_are_listed_with_the_true_reason():
+def test_weights_that_are_used_directly_are_skipped_with_the_reason():
     torch.manual_seed(0)
     model = Fused()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -233,23 +223,23 @@ def test_weights_that_are_used_directly_are_listed_with_the_true_reason():
     assert set(reasons) == {"", "qkv", "both"}
     assert "outside its own forward" in reasons["qkv"]
     assert "outside its own forward" in reasons["both"]
-    assert reasons[""] == "Fused multiplies by its own parameter kernel, which no layer can be made of"
+    assert reasons[""] == "Fused multiplies by its own parameter kernel, for which there is no layer type"
     untouched = [name for name in before if not name.startswith("fc.")]
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in untouched)
 
 
-def test_a_network_of_which_little_can_be_pruned_says_so(caplog):
+def test_a_note_warns_if_little_of_a_network_can_be_pruned(caplog):
     torch.manual_seed(0)
     with caplog.at_level(logging.WARNING):
         result = trim(Fused(4), [torch.randn(20, 3, 6) for _ in range(5)], **HALF)
     (note,) = [note for note in result.notes if "values in weight matrices" in note]
     assert note.startswith("only 20% of the values in weight matrices are in layers that can be pruned (")
     assert note in caplog.text
-    assert not trim(stack(), X.split(50), **HALF).notes
-    assert not trim(stack(), X.split(50), ignore=["0"], **HALF).notes
+    assert not trim(network(), X.split(50), **HALF).notes
+    assert not trim(network(), X.split(50), ignore=["0"], **HALF).notes
 
 
-def test_metrics_with_networks_of_their_own_are_no_part_of_the_network():
+def test_networks_of_metrics_are_not_pruned():
     class Perceptual(torchmetrics.Metric):
         def __init__(self):
             super().__init__()
@@ -261,7 +251,7 @@ def test_metrics_with_networks_of_their_own_are_no_part_of_the_network():
         def compute(self):
             return torch.zeros(())
 
-    model = stack()
+    model = network()
     model.add_module("metric", Perceptual())
     layers, skipped = find_layers(model)
     assert list(layers) == ["0", "2"]
@@ -269,13 +259,13 @@ def test_metrics_with_networks_of_their_own_are_no_part_of_the_network():
 
 
 def test_a_compiled_name_matches_keys_with_and_without_its_prefix():
-    model = nn.ModuleDict({"net": torch.compile(stack(), backend="eager")})
+    model = nn.ModuleDict({"net": torch.compile(network(), backend="eager")})
     for key in ("net.0", "net._orig_mod.0", "re:net.0"):
         assert list(find_layers(model, ignore=[key])[0]) == ["net._orig_mod.2"]
 
 
-def test_a_search_has_no_note_of_a_run_that_was_cut_short(tmp_path):
-    model = stack()
+def test_a_search_has_no_note_of_an_interrupted_run(tmp_path):
+    model = network()
     dense = model(X).detach()
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Masks and the swap."""
+"""In-place assignment of parameters, and masks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def model():
     return nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
 
 
-def test_swap_writes_in_place_and_all_or_nothing(model):
+def test_values_are_assigned_in_place_all_or_none(model):
     before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
     with pytest.raises(ValueError, match=r"1.weight: expected a parameter of shape \(9, 9\), got \(2, 3\)"):
         masking.assign(model, {"0.weight": torch.zeros(3, 4), "1.weight": torch.zeros(9, 9)})
@@ -27,7 +27,7 @@ def test_swap_writes_in_place_and_all_or_nothing(model):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError, SystemExit])
-def test_weights_come_back_on_any_error(model, error):
+def test_weights_are_restored_on_any_error(model, error):
     before = masking.clone(model, ["0.weight", "1.bias"])
     with pytest.raises(error), masking.restored_on_error(model, before):  # noqa: PT012
         masking.assign(model, {name: torch.zeros_like(value) for name, value in before.items()})
@@ -35,7 +35,7 @@ def test_weights_come_back_on_any_error(model, error):
     assert all(torch.equal(dict(model.named_parameters())[name], value) for name, value in before.items())
 
 
-def test_enforced_zeros_are_exact_and_obeyed(model):
+def test_applied_masks_give_exact_zeros_and_are_satisfied(model):
     masks = {"0.weight": torch.rand(3, 4) < 0.5}
     assert not masking.satisfied(model, masks)
     kept = model[0].weight.detach().clone()

@@ -1,40 +1,19 @@
-"""Which layers are pruned, by which keys, and their matrices."""
+"""Selection of layers by keys, and the reasons for the others."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from networks import SharedLayers
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_nettrim.layers import Linear, check_model, find_layers, match_options
+from lightning_nettrim.layers import check_model, find_layers, match_options
 
 
 def network():
     encoder = nn.Sequential(nn.Bilinear(2, 3, 2), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4, bias=False))
     return nn.ModuleDict({"encoder": encoder, "head": nn.Linear(4, 2), "names": nn.Embedding(5, 4)})
-
-
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_matrix_and_rows_answer_as_the_layer(bias, dtype):
-    module, x = nn.Linear(5, 3, bias=bias, dtype=dtype), torch.randn(7, 5, dtype=dtype)
-    layer = Linear("fc", module, bias="bias" if bias else None)
-    W, X = layer.matrix(), layer.to_rows(x, bias)
-    assert W.dtype == X.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    torch.testing.assert_close(
-        (X @ W)[0].to(dtype), module(x).detach(), rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2
-    )
-    back = layer.to_parameters(W)
-    assert list(back) == ["fc.weight", "fc.bias"][: 1 + bias]
-    for name, value in back.items():
-        assert torch.equal(value.to(dtype), getattr(module, name[3:]))
-
-
-def test_a_matrix_is_a_copy():
-    module = nn.Linear(3, 3, bias=False)
-    Linear("fc", module, bias=None).matrix().zero_()
-    assert module.weight.count_nonzero() == 9
 
 
 @pytest.mark.parametrize(
@@ -49,7 +28,7 @@ def test_a_matrix_is_a_copy():
         (None, ["re:encoder.*", "Embedding"], ["head"]),
     ],
 )
-def test_keys_choose_layers(targets, ignore, found):
+def test_keys_select_layers(targets, ignore, found):
     model = network()
     layers, skipped = find_layers(model, targets, ignore)
     assert list(layers) == found
@@ -58,7 +37,7 @@ def test_keys_choose_layers(targets, ignore, found):
     assert not set(layers) & set(skipped)
 
 
-def test_reasons_say_why():
+def test_every_other_layer_has_a_reason():
     _, skipped = find_layers(network(), None, ["head"])
     assert skipped == {
         "encoder.0": "Bilinear has parameters, but no layer type is registered for it: call register_layer",
@@ -68,12 +47,12 @@ def test_reasons_say_why():
 
 
 @pytest.mark.parametrize("argument", ["targets", "ignore"])
-def test_a_key_that_matches_nothing_names_its_neighbours(argument):
+def test_a_key_that_matches_nothing_gets_suggestions(argument):
     with pytest.raises(ValueError, match=rf"{argument}: 'encodr.1' matches no layer.*'encoder.1'"):
         find_layers(network(), **{argument: ["encodr.1"]})
 
 
-def test_no_layer_left_is_an_error_that_says_why():
+def test_no_layer_left_is_an_error_with_the_reasons():
     with pytest.raises(ValueError, match="got none.*Bilinear has parameters"):
         find_layers(nn.Sequential(nn.Bilinear(2, 2, 1)))
     with pytest.raises(ValueError, match="no weight matrix"):
@@ -99,7 +78,7 @@ def test_tied_parametrized_lazy_and_attention_layers_are_skipped():
     assert "not initialized" in skipped["lazy"]
 
 
-def test_the_later_of_two_keys_wins():
+def test_the_later_of_two_keys_takes_precedence():
     layers, _ = find_layers(network())
     chosen = match_options({"Linear": {"sparsity": 0.5}, "head": {"sparsity": 0.2, "refit": False}}, layers)
     assert chosen["encoder.1"] == {"sparsity": 0.5}
@@ -108,7 +87,7 @@ def test_the_later_of_two_keys_wins():
         match_options({"haed": {}}, layers)
 
 
-def test_unusable_weights_are_refused():
+def test_weights_that_cannot_be_pruned_are_refused():
     model = network()
     with torch.no_grad():
         model["head"].weight[0, 0] = torch.nan
@@ -123,3 +102,25 @@ def test_unusable_weights_are_refused():
 def test_models_on_the_meta_device_are_refused():
     with pytest.raises(ValueError, match="weight: expected weights in memory"):
         check_model(nn.Linear(2, 2, device="meta"))
+
+
+def test_recurrent_layers_are_skipped_with_their_reason():
+    model = nn.ModuleList([nn.LSTM(3, 4), nn.GRUCell(3, 4), nn.Linear(2, 2)])
+    _, skipped = find_layers(model)
+    assert "LSTM is recurrent" in skipped["0"]
+    assert "GRUCell is recurrent" in skipped["1"]
+
+
+def test_modules_that_share_weight_and_bias_are_one_layer():
+    layers, skipped = find_layers(SharedLayers())
+    assert list(layers) == ["conv", "a"]
+    assert [alias.name for alias in layers["a"].aliases] == ["b"]
+    assert skipped == {"b": "it is the same layer as a and pruned with it"}
+
+
+def test_one_weight_with_two_biases_is_skipped():
+    model = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)])
+    model[1].weight = model[0].weight
+    layers, skipped = find_layers(model)
+    assert list(layers) == ["2"]
+    assert skipped["0"] == skipped["1"] == "its weight is shared (0.weight, 1.weight)"

@@ -89,8 +89,8 @@ def spoil(solution: Solution, failure: str) -> Solution:
 
 
 @dataclass(frozen=True)
-class FailingCardinality(Cardinality):
-    """Fails in the layer with 20 outputs."""
+class Failing:
+    """Mixin of a solver that fails in the layer with 20 outputs."""
 
     failure: str = "nan"
 
@@ -102,16 +102,13 @@ class FailingCardinality(Cardinality):
 
 
 @dataclass(frozen=True)
-class FailingADMM(ADMM):
-    """Fails in the layer with 20 outputs."""
+class FailingCardinality(Failing, Cardinality):
+    """Cardinality that fails in one layer."""
 
-    failure: str = "nan"
 
-    def solve(self, problem: LayerProblem, warm=None) -> Solution:
-        if problem.W.shape[-1] == 20 and self.failure == "linalg":
-            raise torch.linalg.LinAlgError("no convergence")
-        solution = super().solve(problem, warm)
-        return spoil(solution, self.failure) if problem.W.shape[-1] == 20 else solution
+@dataclass(frozen=True)
+class FailingADMM(Failing, ADMM):
+    """ADMM that fails in one layer."""
 
 
 REASONS = {
