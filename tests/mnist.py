@@ -6,19 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from trainers import CLI_WARNINGS
 
 from lightning_nettrim.cli import main
 
 ROOT = Path(__file__).parents[1]
 
-MARKS = [
-    pytest.mark.slow,
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning per type"),
-    pytest.mark.filterwarnings(r"ignore:[\s\S]*was deprecated in v4[.\d]* and will be removed:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
+MARKS = [pytest.mark.slow, *CLI_WARNINGS]
 
 
 def accuracy(model, data):

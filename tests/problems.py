@@ -112,7 +112,7 @@ def optimum(problem: LayerProblem) -> float:
 
 
 def distance(problem: LayerProblem, W: torch.Tensor) -> torch.Tensor:
-    """dist(XW + B, K), entry by entry: to Y on Ω, above the ceiling and below the floor elsewhere."""
+    """dist(XW + B, K), entry by entry: to Y on Ω, beyond the limit elsewhere."""
     U = problem.X @ W + (0 if problem.offset is None else problem.offset)
     if problem.Omega is None:
         return (U - problem.Y).norm()

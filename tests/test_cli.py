@@ -1,4 +1,4 @@
-"""The command line: recipes run, compose, print and refuse."""
+"""The command line: recipes run and are combined, configurations are printed, and wrong options are refused."""
 
 import json
 import subprocess
@@ -8,31 +8,26 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from trainers import CLI_WARNINGS
 
 from lightning_nettrim.cli import main
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning per type"),
-    pytest.mark.filterwarnings(r"ignore:[\s\S]*was deprecated in v4[.\d]* and will be removed:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:The dirpath has changed from"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
+pytestmark = [*CLI_WARNINGS, pytest.mark.filterwarnings("ignore:The dirpath has changed from")]
 
 ROOT = Path(__file__).parents[1]
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
 @pytest.fixture(autouse=True)
 def _at_root(monkeypatch):
-    """As in a shell at the root of the repository."""
+    """Run as in a shell at the root of the repository."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "argv", ["nettrim"])
     monkeypatch.setattr(sys, "path", list(sys.path))
 
 
 def run(tmp_path, *configs, command="fit"):
-    """A short fit of the digits recipe with deltas; returns the folder of the run."""
+    """A short fit of the digits recipe with further configurations; returns the folder of the run."""
     options = {
         "accelerator": "cpu",
         "max_epochs": 1,
@@ -47,20 +42,20 @@ def run(tmp_path, *configs, command="fit"):
 
 
 def delta(tmp_path, **arguments):
-    """A configuration that gives nothing but the callback's arguments; those of the recipe stay where it is silent."""
+    """A configuration of some arguments of the callback; the others are those of the recipe."""
     callback = {"class_path": "lightning_nettrim.NetTrim", "init_args": arguments}
     path = tmp_path / "delta.yaml"
     path.write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
     return path
 
 
-def test_dense_delta_takes_the_callback_away(tmp_path):
+def test_the_dense_delta_removes_the_callback(tmp_path):
     folder = run(tmp_path, "recipes/dense.yaml")
     assert (folder / "checkpoints").exists()
     assert not (folder / "nettrim").exists()
 
 
-def test_magnitude_delta_prunes_the_digits_recipe(tmp_path):
+def test_the_magnitude_delta_prunes_the_digits_recipe(tmp_path):
     folder = run(tmp_path, "recipes/magnitude.yaml")
     report = json.loads((folder / "nettrim/report.json").read_text())
     assert report["arguments"]["solver"]["class_path"].endswith("Magnitude")
@@ -69,15 +64,15 @@ def test_magnitude_delta_prunes_the_digits_recipe(tmp_path):
     assert float((weights["fc1.weight"] == 0).float().mean()) == 0.75
 
 
-def test_tolerance_delta_prunes_the_digits_recipe(tmp_path):
-    folder = run(tmp_path, "recipes/tolerance.yaml")
+def test_the_tolerance_delta_prunes_the_digits_recipe(tmp_path):
+    folder = run(tmp_path, "recipes/tolerance.yaml", delta(tmp_path, allocate="uniform"))
     report = json.loads((folder / "nettrim/report.json").read_text())
     dense, pruned = (report["metrics"][side]["val_acc"] for side in ("dense", "pruned"))
     assert pruned >= dense - 0.002
     assert len(report["trials"]) > 2
 
 
-def test_digits_recipe_runs(tmp_path):
+def test_the_digits_recipe_runs(tmp_path):
     folder = run(tmp_path)
     report = json.loads((folder / "nettrim/report.json").read_text())
     assert report["arguments"]["epsilon"] == 0.1
@@ -102,7 +97,7 @@ def printed(capsys, *configs):
     return capsys.readouterr().out
 
 
-def test_printed_configuration_reads_back_the_same(tmp_path, capsys):
+def test_a_printed_configuration_is_read_back_as_the_same(tmp_path, capsys):
     solver = {"class_path": "lightning_nettrim.ADMM", "init_args": {"max_steps": 50, "rtol": 0.01}}
     text = printed(capsys, "recipes/digits.yaml", delta(tmp_path, epsilon=0.2, solver=solver))
     (callback,) = yaml.safe_load(text)["trainer"]["callbacks"]
@@ -115,7 +110,7 @@ def test_printed_configuration_reads_back_the_same(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "misspelt"),
+    ("arguments", "misspelled"),
     [
         ({"epsilom": 0.1}, "epsilom"),
         ({"epsilon": 0.1, "solver": {"class_path": "lightning_nettrim.ADMM", "init_args": {"steps": 5}}}, "steps"),
@@ -124,11 +119,11 @@ def test_printed_configuration_reads_back_the_same(tmp_path, capsys):
     ],
     ids=["argument", "solver", "choice", "type"],
 )
-def test_misspelt_arguments_are_refused(tmp_path, capsys, arguments, misspelt):
+def test_misspelled_arguments_are_refused(tmp_path, capsys, arguments, misspelled):
     with pytest.raises(SystemExit) as ended:
         run(tmp_path, delta(tmp_path, **arguments))
     assert ended.value.code != 0
-    assert misspelt in capsys.readouterr().err
+    assert misspelled in capsys.readouterr().err
 
 
 def test_validate_prunes_a_checkpoint(tmp_path):
@@ -142,8 +137,17 @@ def test_validate_prunes_a_checkpoint(tmp_path):
     assert report["metrics"]["dense"] != report["metrics"]["pruned"]
 
 
-def test_module_has_help():
+def test_help_names_the_subcommands(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in SUBCOMMANDS)
+
+
+@pytest.mark.slow
+def test_the_module_can_be_run():
     command = [sys.executable, "-m", "lightning_nettrim", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in ("fit", "validate", "test", "predict"))
+    assert all(name in done.stdout for name in SUBCOMMANDS)

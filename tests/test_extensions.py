@@ -115,6 +115,6 @@ def test_a_registration_is_checked(module, layer, message):
 
 
 def test_a_wrong_class_path_of_a_pattern_is_refused():
-    for path in ("extensions.Nothing", "extensions.DenseFirst", "no_such_module.Pattern"):
+    for path in ("extensions.Nothing", "extensions.DenseFirst", "no_such_module.Pattern", "Such"):
         with pytest.raises(ValueError, match="pattern: expected the class path of a Pattern"):
             trim(extensions.ScaledNet(), [], sparsity=0.5, per_layer={"x": {"pattern": {"class_path": path}}})

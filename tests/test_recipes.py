@@ -1,4 +1,4 @@
-"""Real architectures on real data: a convolutional network, a residual one and a transformer, by their recipes."""
+"""Recipes of real architectures on MNIST: a convolutional network, a residual network and a transformer."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import copy
 import json
 
 import pytest
+from mnist import MARKS, ROOT, accuracy, fit
 
 from lightning_nettrim import Magnitude, SparseGPT, Wanda, trim
 from recipes.models import LeNet5, ResNet, ViT
-from tests.mnist import MARKS, ROOT, accuracy, fit
 
 pytestmark = MARKS
 
 
 @pytest.fixture(scope="module", params=["lenet5", "resnet", "vit"])
 def recipe(request, data, tmp_path_factory):
-    """A recipe, shortened to two or three epochs, 2048 samples and two blocks of the transformer.
+    """A recipe with two or three epochs, 2048 samples and two blocks of the transformer.
 
-    Its name, its folder, its pruned and its dense network.
+    Returns its name, its folder, its pruned and its dense network.
     """
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
     arguments = {"class_path": "lightning_nettrim.NetTrim", "init_args": {"num_samples": 2048}}
@@ -34,25 +34,25 @@ def recipe(request, data, tmp_path_factory):
 
 
 EXPECTED = {"lenet5": (0.9, 0.98, 0.003), "resnet": (0.8, 0.98, 0.01), "vit": (0.5, 0.95, 0.005)}
-"""Zeros, the least accuracy of the dense network after so few epochs, and how much lower the pruned one may be."""
+"""Sparsity, minimum accuracy of the dense network after so few epochs, and maximum drop of the pruned network."""
 
 
-def test_convolutions_norms_and_attention_are_pruned_by_their_recipes(recipe, data):
+def test_convolutions_and_attention_are_pruned_by_their_recipes(recipe, data):
     name, folder, pruned, dense = recipe
-    zeros, least, drop = EXPECTED[name]
+    sparsity, min_accuracy, max_drop = EXPECTED[name]
     report = json.loads((folder / "report.json").read_text())
-    weights = {key: pruned.get_parameter(key) for key in _weights_of(report, pruned)}
+    weights = {key: pruned.get_parameter(key) for key in weights_of(report, pruned)}
     assert set(weights) == {k for k, p in pruned.named_parameters() if p.ndim > 1} - {"token", "positions"}
     total = sum(weight.numel() for weight in weights.values())
-    assert sum(int((weight == 0).sum()) for weight in weights.values()) == round(zeros * total)
-    assert accuracy(dense, data) >= least
-    assert accuracy(pruned, data) >= accuracy(dense, data) - drop
+    assert sum(int((weight == 0).sum()) for weight in weights.values()) == round(sparsity * total)
+    assert accuracy(dense, data) >= min_accuracy
+    assert accuracy(pruned, data) >= accuracy(dense, data) - max_drop
     assert report["metrics"]["pruned"]["val_acc"] == pytest.approx(accuracy(pruned, data), abs=1e-6)
 
 
-def test_they_beat_the_baselines_at_the_same_total(recipe, data):
+def test_recipes_have_a_higher_accuracy_than_the_baselines_at_the_same_sparsity(recipe, data):
     name, _, pruned, dense = recipe
-    images, zeros = data.train.tensors[0][:2048], EXPECTED[name][0]
+    images, sparsity = data.train.tensors[0][:2048], EXPECTED[name][0]
     ours = accuracy(pruned, data)
     for solver, options in (
         (Magnitude(), {"refit": False, "allocate": "magnitude"}),
@@ -60,11 +60,11 @@ def test_they_beat_the_baselines_at_the_same_total(recipe, data):
         (SparseGPT(), {"refit": False, "allocate": "uniform"}),
     ):
         network = copy.deepcopy(dense)
-        trim(network, images.split(256), sparsity=zeros, solver=solver, **options)
+        trim(network, images.split(256), sparsity=sparsity, solver=solver, **options)
         assert accuracy(network, data) < ours
 
 
-def _weights_of(report, model):
+def weights_of(report, model):
     """Names of the weights of the reported layers."""
     known = dict(model.named_parameters())
     for layer in report["layers"]:

@@ -304,7 +304,7 @@ def _from_class_path(config: Mapping[str, Any]) -> Pattern:
     try:
         module, _, name = str(config["class_path"]).rpartition(".")
         pattern = getattr(importlib.import_module(module), name)(**config.get("init_args", {}))
-    except (KeyError, ImportError, AttributeError, TypeError) as error:
+    except (KeyError, ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"pattern: expected the class path of a Pattern, got {dict(config)}: {error}") from error
     if not isinstance(pattern, Pattern):
         raise ValueError(f"pattern: expected the class path of a Pattern, got {config['class_path']!r}")

@@ -50,11 +50,10 @@ class Decoder(nn.Module):
         return self.own(x), self.memory(encoder_hidden_states)
 
 
-def recorded(model, batch, forward=None):
+def recorded(model, batch):
     layers = find_layers(model)[0]
-    replay = CalibrationBatch(batch) if forward is None else CalibrationBatch(batch, forward)
     with evaluation_mode(model):
-        return record(model, layers, [replay], num_samples=10**5, seed=0)
+        return record(model, layers, [CalibrationBatch(batch)], num_samples=10**5, seed=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float32])

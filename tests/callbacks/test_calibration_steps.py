@@ -22,8 +22,8 @@ from trainers import (
     Watch,
     copy_state,
     equal_states,
-    has_hooks,
     half,
+    has_hooks,
     make_trainer,
     read_events,
 )

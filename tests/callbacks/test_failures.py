@@ -164,7 +164,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_network_is_never_half_pruned(fault, tmp_path, monkeypatch, caplog, capsys):
-    model, callback = Net(), InjectsFault(sparsity=0.5)
+    model, callback = Net(), InjectsFault(sparsity=0.5, solver=Cardinality(max_steps=50))
     trainer = make_trainer(tmp_path, callback)
     handler, error, occurred = signal.getsignal(signal.SIGINT), "", []
     with monkeypatch.context() as patch:

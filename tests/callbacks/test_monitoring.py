@@ -40,7 +40,9 @@ DROP = {"sparsity": None, "max_drop": 0.1, "monitor": "val_acc"}
 
 
 @pytest.mark.parametrize(
-    "make", [lambda: half(**DROP), pytest.param(lambda: NetTrim(**DROP), marks=pytest.mark.slow)], ids=["magnitude", "default"]
+    "make",
+    [lambda: half(**DROP), pytest.param(lambda: NetTrim(**DROP), marks=pytest.mark.slow)],
+    ids=["magnitude", "default"],
 )
 @pytest.mark.parametrize("fit", [True, False], ids=["fit", "validate"])
 def test_the_sparsest_network_within_the_drop(tmp_path, fit, make):

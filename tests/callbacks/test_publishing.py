@@ -1,4 +1,4 @@
-"""Results in loggers and files: sibling runs of the dense and the pruned network, TensorBoard, the plan of a dry run."""
+"""Results in loggers and files: sibling runs of the dense and the pruned network, TensorBoard, plans of dry runs."""
 
 from pathlib import Path
 

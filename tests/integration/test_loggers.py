@@ -1,64 +1,31 @@
-"""Experiment trackers: each run has a folder of its own, and MLflow gets the files."""
+"""Experiment trackers: each run has its own folder, and MLflow stores its files."""
 
 import json
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
-from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
-
-from lightning_nettrim import Magnitude, NetTrim
+from trainers import LIGHTNING_WARNINGS, Net, half, make_trainer, train_data, val_data
 
 pytestmark = [
+    *LIGHTNING_WARNINGS,
     pytest.mark.integration,
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:The number of training batches"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),  # sqlalchemy's, of MLflow
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
 ]
 
 FILES = ["pruned.ckpt", "report.json"]
 
 
-class Net(pl.LightningModule):
-    def __init__(self):
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 3)
-
-    def forward(self, x):
-        return self.fc2(self.fc1(x).relu())
-
-    def training_step(self, batch, batch_idx):
-        return nn.functional.cross_entropy(self(batch[0]), batch[1])
-
-    def validation_step(self, batch, batch_idx):
-        self.log("val_loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-def loader(seed):
-    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(seed))
-    return DataLoader(TensorDataset(x, x[:, :3].argmax(1)), batch_size=16)
-
-
 def fit(path, logger, sparsity):
     """Train and prune; the callback and the module."""
-    callback, module = NetTrim(sparsity=sparsity, allocate="uniform", solver=Magnitude(), refit=False), Net()
-    trainer = pl.Trainer(
-        accelerator="cpu", devices=1, default_root_dir=path, max_epochs=1, logger=logger, callbacks=[callback],
-        enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
-    )  # fmt: skip
-    trainer.fit(module, loader(1), loader(2))
+    callback, module = half(sparsity=sparsity), Net()
+    trainer = make_trainer(path, callback, logger=logger, max_epochs=1, enable_checkpointing=True)
+    trainer.fit(module, train_data(), val_data())
     return callback, module
 
 
 def assert_own_files(found):
-    """Each run's folder holds its own network and its own report, whatever later runs have written."""
+    """Check that the folder of each run contains its network and its report, also after later runs."""
     folders = [callback.folder for callback, _ in found]
     assert len(set(folders)) == len(folders)
     for callback, module in found:
@@ -70,7 +37,7 @@ def assert_own_files(found):
 
 
 @pytest.mark.parametrize("store", ["sqlite", "file"])
-def test_mlflow_has_the_files_of_each_run_and_no_broken_experiment(tmp_path, monkeypatch, store):
+def test_mlflow_stores_the_files_of_each_run_and_has_no_broken_experiment(tmp_path, monkeypatch, store):
     client_of = pytest.importorskip("mlflow.tracking").MlflowClient
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -98,7 +65,7 @@ def test_mlflow_has_the_files_of_each_run_and_no_broken_experiment(tmp_path, mon
             assert json.load(file)["total"]["sparsity"] == callback.result.sparsity
 
 
-def test_nothing_of_ours_lies_where_mlflow_keeps_its_experiments(tmp_path, monkeypatch):
+def test_nothing_is_written_into_the_folder_of_mlflow_experiments(tmp_path, monkeypatch):
     pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     logger = MLFlowLogger("prune", save_dir=str(tmp_path / "mlruns"))
@@ -108,7 +75,7 @@ def test_nothing_of_ours_lies_where_mlflow_keeps_its_experiments(tmp_path, monke
     assert callback.folder.is_relative_to(tmp_path)
 
 
-def test_wandb_runs_of_one_folder_have_files_of_their_own(tmp_path, monkeypatch):
+def test_wandb_runs_of_one_folder_have_their_own_files(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     monkeypatch.chdir(tmp_path)
     for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "WANDB_CONFIG_DIR", "WANDB_ARTIFACT_DIR"):

@@ -1,11 +1,12 @@
-"""The same callback in the Trainer of the package `pytorch_lightning`, whose classes are others than `lightning`'s."""
+"""The callback in the Trainer of the package `pytorch_lightning`, whose classes differ from those of `lightning`."""
 
 import json
 
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader
+from trainers import LAYERS, LIGHTNING_WARNINGS, copy_state, equal_states, load_state, pruned_by_half, samples
 
 pl = pytest.importorskip("pytorch_lightning")
 
@@ -13,15 +14,7 @@ from pytorch_lightning import callbacks, loggers  # noqa: E402
 
 from lightning_nettrim import Cardinality, Magnitude, NetTrim  # noqa: E402
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:The number of training batches"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-]
-
-LAYERS = ("fc1", "fc2", "fc3")
+pytestmark = [*LIGHTNING_WARNINGS, pytest.mark.integration]
 
 
 class Net(pl.LightningModule):
@@ -52,12 +45,12 @@ class Net(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.02)
 
 
-def loader(seed, count=96):
-    x = torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
-    return DataLoader(TensorDataset(x, (x[:, :3] + x[:, 3:6].relu()).argmax(1)), batch_size=16)
+def loader(seed):
+    return DataLoader(samples(96, seed), batch_size=16)
 
 
-def trainer(path, *own, **options):
+def make_trainer(path, *own, **options):
+    """A Trainer of `pytorch_lightning`."""
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
     defaults = {"logger": False, "max_epochs": 2, "log_every_n_steps": 1} | quiet
     return pl.Trainer(accelerator="cpu", devices=1, default_root_dir=path, callbacks=list(own), **(defaults | options))
@@ -65,60 +58,43 @@ def trainer(path, *own, **options):
 
 def half(**options):
     return NetTrim(
-        **({"sparsity": 0.5, "allocate": "uniform", "num_samples": 96, "solver": Cardinality(steps=30)} | options)
+        **({"sparsity": 0.5, "allocate": "uniform", "num_samples": 96, "solver": Cardinality(max_steps=30)} | options)
     )
 
 
-def state(module):
-    return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-def same(one, other):
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def pruned_by_half(module):
-    weights = [module.get_submodule(name).weight for name in LAYERS]
-    return all(int((weight == 0).sum()) == weight.numel() // 2 for weight in weights)
-
-
-def stored(path):
-    return torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
-
-
-def test_a_fit_prunes_and_writes_and_a_validation_afterwards_keeps_the_pruned_network(tmp_path):
+def test_a_fit_prunes_and_a_later_validation_keeps_the_pruned_network(tmp_path):
     callback, module = half(), Net()
-    own = trainer(tmp_path, callback)
+    own = make_trainer(tmp_path, callback)
     own.fit(module, loader(1), loader(2))
     assert pruned_by_half(module)
     assert [report.name for report in callback.result.reports] == list(LAYERS)
-    assert same(stored(tmp_path / "nettrim/pruned.ckpt"), state(module))
+    assert equal_states(load_state(tmp_path / "nettrim/pruned.ckpt"), copy_state(module))
     assert json.loads((tmp_path / "nettrim/report.json").read_text())["metrics"] == callback.metrics
     assert callback.metrics["pruned"] != callback.metrics["dense"]
 
-    before = state(module)
+    before = copy_state(module)
     assert own.validate(module, loader(2), verbose=False) == [callback.metrics["pruned"]]
     (tested,) = own.test(module, loader(2), verbose=False)
     assert tested["test_loss"] == pytest.approx(callback.metrics["pruned"]["val_loss"])
-    assert same(before, state(module))
+    assert equal_states(before, copy_state(module))
     loaded = Net()
-    loaded.load_state_dict(stored(tmp_path / "nettrim/pruned.ckpt"))
-    assert trainer(tmp_path).validate(loaded, loader(2), verbose=False) == [callback.metrics["pruned"]]
+    loaded.load_state_dict(load_state(tmp_path / "nettrim/pruned.ckpt"))
+    assert make_trainer(tmp_path).validate(loaded, loader(2), verbose=False) == [callback.metrics["pruned"]]
 
 
 def test_zeros_stay_zero_in_a_second_fit(tmp_path):
     callback, module = half(), Net()
-    trainer(tmp_path, callback).fit(module, loader(1), loader(2))
-    before, masks = state(module), {name: mask.clone() for name, mask in callback.masks.items()}
-    trainer(tmp_path, callback).fit(module, loader(1), loader(2))
-    after = state(module)
+    make_trainer(tmp_path, callback).fit(module, loader(1), loader(2))
+    before, masks = copy_state(module), {name: mask.clone() for name, mask in callback.masks.items()}
+    make_trainer(tmp_path, callback).fit(module, loader(1), loader(2))
+    after = copy_state(module)
     assert not torch.equal(before["fc1.weight"], after["fc1.weight"])
     assert all(not bool(after[name][~mask].any()) for name, mask in masks.items())
     assert pruned_by_half(module)
 
 
 def test_a_validate_prunes_a_dense_checkpoint(tmp_path):
-    own = trainer(tmp_path)
+    own = make_trainer(tmp_path)
     own.fit(Net(), loader(1), loader(2))
     own.save_checkpoint(tmp_path / "dense.ckpt")
 
@@ -130,28 +106,28 @@ def test_a_validate_prunes_a_dense_checkpoint(tmp_path):
             return loader(2)
 
     callback, module = half(), Net()
-    pruning = trainer(tmp_path, callback)
+    pruning = make_trainer(tmp_path, callback)
     metrics = pruning.validate(module, datamodule=Data(), ckpt_path=tmp_path / "dense.ckpt", verbose=False)
     assert metrics == [callback.metrics["pruned"]]
     assert pruned_by_half(module)
-    dense = trainer(tmp_path).validate(Net(), loader(2), ckpt_path=tmp_path / "dense.ckpt", verbose=False)
+    dense = make_trainer(tmp_path).validate(Net(), loader(2), ckpt_path=tmp_path / "dense.ckpt", verbose=False)
     assert dense == [callback.metrics["dense"]]
 
 
-def test_a_tolerance_is_searched_for(tmp_path):
+def test_the_sparsest_network_within_a_drop_is_found(tmp_path):
     callback, module = half(sparsity=None, max_drop=0.1, monitor="val_acc"), Net()
-    trainer(tmp_path, callback, max_epochs=6).fit(module, loader(1), loader(2))
+    make_trainer(tmp_path, callback, max_epochs=6).fit(module, loader(1), loader(2))
     assert len(callback.result.trials) > 2
     assert callback.metrics["pruned"]["val_acc"] >= callback.metrics["dense"]["val_acc"] - 0.1
 
 
 @pytest.mark.parametrize("kind", ["CSVLogger", "TensorBoardLogger"])
-def test_dense_and_pruned_are_runs_of_the_logger(tmp_path, kind):
+def test_dense_and_pruned_are_sibling_runs_of_the_logger(tmp_path, kind):
     if kind == "TensorBoardLogger":
         pytest.importorskip("tensorboard")
     logger = getattr(loggers, kind)(tmp_path)
     callback = half()
-    trainer(tmp_path, callback, logger=logger).fit(Net(), loader(1), loader(2))
+    make_trainer(tmp_path, callback, logger=logger).fit(Net(), loader(1), loader(2))
     for side in ("dense", "pruned"):
         assert list((tmp_path / logger.name / f"version_{logger.version}" / side).iterdir())
     assert callback.folder == tmp_path / logger.name / f"version_{logger.version}" / "nettrim"
@@ -162,23 +138,23 @@ AVERAGING = [name for name in ("EMAWeightAveraging", "WeightAveraging") if hasat
 
 @pytest.mark.parametrize("first", [True, False], ids=["NetTrim first", "NetTrim last"])
 @pytest.mark.parametrize("name", AVERAGING)
-def test_what_is_pruned_is_the_average_of_the_weights(tmp_path, name, first):
+def test_the_averaged_weights_are_pruned(tmp_path, name, first):
     seen, average = [], getattr(callbacks, name)()
 
     class Watch(callbacks.Callback):
         def on_train_end(self, trainer, pl_module):
-            seen.append(state(pl_module))
+            seen.append(copy_state(pl_module))
 
     class WatchAgain(Watch):
-        """Another class, so that Lightning takes two of them."""
+        """Another class, so that Lightning accepts two of them."""
 
     pruning, module = half(solver=Magnitude(), refit=False, recalibrate_batchnorm=False), Net()
     others = [Watch(), average, WatchAgain()]
-    trainer(tmp_path, *([pruning, *others] if first else [*others, pruning])).fit(module, loader(1), loader(2))
+    make_trainer(tmp_path, *([pruning, *others] if first else [*others, pruning])).fit(module, loader(1), loader(2))
     assert pruned_by_half(module)
     last, averaged = seen
     assert not torch.equal(last["fc1.weight"], averaged["fc1.weight"])
-    for key, value in state(module).items():
+    for key, value in copy_state(module).items():
         kept = pruning.masks.get(key, torch.ones_like(value, dtype=torch.bool))
         assert torch.equal(value[kept], averaged[key][kept]), key
-    assert same(stored(tmp_path / "nettrim/pruned.ckpt"), state(module))
+    assert equal_states(load_state(tmp_path / "nettrim/pruned.ckpt"), copy_state(module))

@@ -1,4 +1,4 @@
-"""Networks of timm with random weights: what holds after pruning any of them, and that it is better than magnitude."""
+"""Networks of timm with random weights: properties of all pruned networks, and smaller errors than by magnitude."""
 
 import copy
 
@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 timm = pytest.importorskip("timm")
 
-from certificates import by_magnitude, certify, changed, error, remember  # noqa: E402
+from network_checks import by_magnitude, changed, check_pruned, error, snapshot  # noqa: E402
 
 from lightning_nettrim import Cardinality, Magnitude, trim  # noqa: E402
 
@@ -37,13 +37,13 @@ GENERALIZES = {
     "test_resnet", "vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "eva02_tiny_patch14_224",
     "swin_tiny_patch4_window7_224", "convnext_atto",
 }  # fmt: skip
-"""Those that are better than by magnitude on other images, too, with so few images and such weights."""
+"""Networks whose error is smaller than by magnitude also on other images, with so few images and random weights."""
 
 INPUTS = 256
 
 
 def images(count, size, seed):
-    """Smooth ones, as pictures are, so that neighboring pixels say the same."""
+    """Smooth images, whose neighboring pixels are correlated."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.randn(count, 3, 4, 4, generator=generator)
     fine = torch.randn(count, 3, size, size, generator=generator)
@@ -51,7 +51,7 @@ def images(count, size, seed):
 
 
 def network(name, size=None):
-    """With random weights, and BatchNorms that know what they see; its size of images."""
+    """A network with random weights and estimated BatchNorm statistics, and the size of its images."""
     options = SMALL[name]
     size = size or options.get("img_size", 32)
     if name == "mixer":  # whose smallest model is large
@@ -75,7 +75,7 @@ def run(model, inputs):
 
 
 def half(model, batches, **options):
-    solver = Cardinality(steps=30)
+    solver = Cardinality(max_steps=30)
     return trim(
         model, batches, **({"sparsity": 0.5, "allocate": "uniform", "max_rows": 512, "solver": solver} | options)
     )
@@ -87,9 +87,9 @@ def test_a_network_is_pruned_by_half(name):
     seen, others = images(INPUTS, size, seed=1), images(64, size, seed=2)
     with torch.no_grad():
         trained = model(seen), model(others)
-    before, dense = remember(model), copy.deepcopy(model)
+    before, dense = snapshot(model), copy.deepcopy(model)
     result = half(model, seen.split(64), num_samples=INPUTS)
-    certify(model, before, result, 0.5)
+    check_pruned(model, before, result, 0.5)
     magnitude = by_magnitude(dense, [report.name for report in result.reports], 0.5)
     assert error(model, trained[0], seen, run) < error(magnitude, trained[0], seen, run)
     if name in GENERALIZES:
@@ -100,7 +100,7 @@ def reasons(result):
     return {layer.name: layer.reason for layer in result.skipped}
 
 
-def test_an_attention_that_uses_its_qkv_by_a_function_is_left_alone_for_that_reason():
+def test_a_qkv_that_is_used_by_a_function_is_skipped_for_that_reason():
     model, size = network("eva02_tiny_patch14_224")
     assert isinstance(model.blocks[0].attn.qkv, nn.Linear)
     result = half(model, [images(64, size, 1)], num_samples=64)
@@ -111,7 +111,7 @@ def test_an_attention_that_uses_its_qkv_by_a_function_is_left_alone_for_that_rea
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
-def test_tokens_and_positions_are_no_layers(name):
+def test_tokens_and_positions_are_not_pruned(name):
     model, size = network(name)
     bare = {key: value.detach().clone() for key, value in model.named_parameters() if "." not in key}
     assert {"cls_token", "pos_embed"} <= set(bare)
@@ -121,7 +121,7 @@ def test_tokens_and_positions_are_no_layers(name):
     assert all(torch.equal(value, model.get_parameter(key)) for key, value in bare.items())
 
 
-def test_convolutions_that_standardize_their_weights_are_left_alone_and_the_rest_is_pruned():
+def test_convolutions_that_standardize_their_weights_are_skipped():
     model, size = network("test_nfnet")
     result = half(model, [images(64, size, 1)], num_samples=64, solver=Magnitude())
     standardized = {key for key, module in model.named_modules() if "StdConv2d" in type(module).__name__}
@@ -131,9 +131,9 @@ def test_convolutions_that_standardize_their_weights_are_left_alone_and_the_rest
     assert any("of the values in weight matrices are in layers that can be pruned" in note for note in result.notes)
 
 
-def test_statistics_stay_if_they_are_not_to_be_recalibrated():
+def test_statistics_do_not_change_without_recalibrate_batchnorm():
     model, size = network("mobilenetv3_small_050")
-    before = remember(model)
+    before = snapshot(model)
     half(model, [images(64, size, 1)], num_samples=64, solver=Magnitude(), refit=False, recalibrate_batchnorm=False)
     names = changed(before, model.state_dict())
     assert len(names) == 54
@@ -142,9 +142,9 @@ def test_statistics_stay_if_they_are_not_to_be_recalibrated():
     )
 
 
-def test_targets_and_ignore_leave_the_other_layers_of_a_network_untouched():
+def test_targets_and_ignore_leave_other_layers_unchanged():
     model, size = network("convnext_atto")
-    before = remember(model)
+    before = snapshot(model)
     result = half(model, [images(64, size, 1)], num_samples=64, targets=["*.mlp.*"], ignore=["re:stages\\.0.*"])
     pruned = [f"stages.{i}.blocks.0.mlp.fc{j}" for i in (1, 2, 3) for j in (1, 2)]
     assert [report.name for report in result.reports] == pruned
@@ -163,12 +163,12 @@ def test_images_with_labels_are_passed_without_the_labels():
     assert all(torch.equal(value, other.state_dict()[key]) for key, value in model.state_dict().items())
 
 
-def test_of_images_with_labels_it_is_asked_what_a_transformer_is_to_get_whose_forward_takes_more():
+def test_tuples_are_refused_if_forward_accepts_one_element_or_more():
     model, size = network("vit_tiny_patch16_224")
-    x, before = images(64, size, 1), remember(model)
+    x, before = images(64, size, 1), snapshot(model)
     labeled = [(x, torch.zeros(64, dtype=torch.long))]
-    with pytest.raises(ValueError, match=r"could take one element or more: yield the input alone, or .* forward="):
+    with pytest.raises(ValueError, match=r"could take one element or more: yield the input alone .*, or pass forward="):
         half(model, labeled, num_samples=64)
     assert changed(before, model.state_dict()) == []
     result = half(model, labeled, num_samples=64, solver=Magnitude(), forward=lambda model, batch: model(batch[0]))
-    certify(model, before, result, 0.5)
+    check_pruned(model, before, result, 0.5)

@@ -5,27 +5,23 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
+from trainers import LIGHTNING_WARNINGS, make_trainer
 
 pytest.importorskip("torchvision")
 
-from certificates import certify, remember  # noqa: E402
+from network_checks import check_pruned, snapshot  # noqa: E402
 from torchvision.models import detection, segmentation  # noqa: E402
 
 from lightning_nettrim import Cardinality, Magnitude, NetTrim, trim  # noqa: E402
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-]
+pytestmark = [*LIGHTNING_WARNINGS, pytest.mark.integration]
 
 HALF = {"sparsity": 0.5, "allocate": "uniform", "max_rows": 512}
 SIZES = ((64, 48), (40, 56), (48, 48))
 
 
-def pictures(seed):
-    """A list of pictures of several sizes, as detection takes them."""
+def image_list(seed):
+    """A list of images, the form that detectors take."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.rand(3, *size, generator=generator) for size in SIZES]
 
@@ -53,22 +49,22 @@ DETECTORS = {
 
 
 @pytest.mark.parametrize(("make", "targets"), DETECTORS.values(), ids=DETECTORS.keys())
-def test_a_detector_is_pruned_on_lists_of_pictures_of_several_sizes(make, targets):
+def test_a_detector_is_pruned_on_lists_of_images_of_several_sizes(make, targets):
     model = make()
-    before = remember(model)
+    before = snapshot(model)
     result = trim(
-        model, [pictures(0), pictures(1)], num_samples=32, solver=Cardinality(steps=30), targets=targets,
+        model, [image_list(0), image_list(1)], num_samples=32, solver=Cardinality(max_steps=30), targets=targets,
         forward=lambda model, batch: model(batch), **HALF,
     )  # fmt: skip
-    certify(model, before, result, 0.5)
+    check_pruned(model, before, result, 0.5)
     assert len(result.reports) > 5
     assert {layer.reason for layer in result.skipped} == {"not among the targets"}
-    found = model(pictures(2))
+    found = model(image_list(2))
     assert all(set(each) == {"boxes", "labels", "scores"} for each in found)
 
 
 class Detector(pl.LightningModule):
-    """Trains on pictures and boxes; has losses in training only, as torchvision's detectors do."""
+    """Trains on images and boxes; has losses in training only, like torchvision's detectors."""
 
     def __init__(self):
         super().__init__()
@@ -87,23 +83,15 @@ class Detector(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-4)
 
 
-def trainer(path, *callbacks, **options):
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return pl.Trainer(
-        accelerator="cpu", devices=1, default_root_dir=path, logger=False, max_epochs=1, callbacks=list(callbacks),
-        log_every_n_steps=1, **quiet, **options,
-    )  # fmt: skip
-
-
 def detection_loader(seed):
-    rows = list(zip(pictures(seed) + pictures(seed + 1), boxes() + boxes(), strict=True))
+    rows = list(zip(image_list(seed) + image_list(seed + 1), boxes() + boxes(), strict=True))
     return DataLoader(rows, batch_size=3, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
 
 
 def test_a_detector_is_pruned_in_a_trainer(tmp_path):
     callback = NetTrim(num_samples=32, targets=["*.fpn.*", "*.box_predictor.*"], solver=Magnitude(), **HALF)
     module = Detector()
-    trainer(tmp_path, callback).fit(module, detection_loader(0), detection_loader(5))
+    make_trainer(tmp_path, callback, max_epochs=1).fit(module, detection_loader(0), detection_loader(5))
     assert callback.result.sparsity == pytest.approx(0.5, abs=1e-3)
     names = {report.name.removeprefix("model.") for report in callback.result.reports}
     blocks = [f"backbone.fpn.{kind}_blocks.{i}.0" for kind in ("inner", "layer") for i in (0, 1)]
@@ -149,21 +137,21 @@ SEGMENTERS = {
 @pytest.mark.parametrize(("make", "targets"), SEGMENTERS.values(), ids=SEGMENTERS.keys())
 def test_a_segmenter_is_pruned_in_a_trainer(tmp_path, make, targets):
     module = Segmenter(make(weights=None, weights_backbone=None, num_classes=2))
-    callback = NetTrim(num_samples=32, targets=targets, solver=Cardinality(steps=10), **HALF)
-    trainer(tmp_path, callback).fit(module, masked(0), masked(1))
+    callback = NetTrim(num_samples=32, targets=targets, solver=Cardinality(max_steps=10), **HALF)
+    make_trainer(tmp_path, callback, max_epochs=1).fit(module, masked(0), masked(1))
     assert len(callback.result.reports) >= 6
     for report in callback.result.reports:
         weight = module.get_submodule(report.name).weight
         assert abs(int((weight == 0).sum()) - weight.numel() / 2) <= 1
     assert callback.metrics["pruned"]["val_loss"] != callback.metrics["dense"]["val_loss"]
-    (metrics,) = trainer(tmp_path).validate(module, masked(1), verbose=False)
+    (metrics,) = make_trainer(tmp_path).validate(module, masked(1), verbose=False)
     assert metrics == pytest.approx(callback.metrics["pruned"])
 
 
 def test_a_whole_segmenter_is_pruned_by_trim():
     model = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=2).eval()
-    before = remember(model)
+    before = snapshot(model)
     images = torch.stack([row[0] for row in masked(0).dataset])
     result = trim(model, [(images, torch.zeros(8))], num_samples=32, solver=Magnitude(), refit=False, **HALF)
-    certify(model, before, result, 0.5)
+    check_pruned(model, before, result, 0.5)
     assert result.skipped == ()

@@ -1,4 +1,4 @@
-"""Hugging Face's transformers, from tiny configurations with random weights: by `trim` and in a Trainer."""
+"""Small networks of Hugging Face's transformers with random weights, by `trim` and in a Trainer."""
 
 import copy
 
@@ -8,8 +8,9 @@ import torch
 
 transformers = pytest.importorskip("transformers")
 
-from certificates import by_magnitude, certify, error, remember  # noqa: E402
+from network_checks import by_magnitude, check_pruned, error, snapshot  # noqa: E402
 from torch.utils.data import DataLoader  # noqa: E402
+from trainers import LIGHTNING_WARNINGS, make_trainer  # noqa: E402
 
 from lightning_nettrim import Cardinality, NetTrim, trim  # noqa: E402
 from lightning_nettrim.calibration.batch import evaluation_mode  # noqa: E402
@@ -17,15 +18,10 @@ from lightning_nettrim.calibration.recording import record  # noqa: E402
 from lightning_nettrim.calibration.sampling import sample_inputs  # noqa: E402
 from lightning_nettrim.layers import find_layers  # noqa: E402
 
-pytestmark = [
-    pytest.mark.integration,
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-]
+pytestmark = [*LIGHTNING_WARNINGS, pytest.mark.integration]
 
 VOCABULARY, WIDTH, TOKENS = 60, 32, 12
-HALF = {"sparsity": 0.5, "allocate": "uniform", "max_rows": 512, "solver": Cardinality(steps=30)}
+HALF = {"sparsity": 0.5, "allocate": "uniform", "max_rows": 512, "solver": Cardinality(max_steps=30)}
 
 
 # --- networks
@@ -106,7 +102,7 @@ def whisper():
 
 
 def tokens(seed, filler=0, length=TOKENS, rows=16, left=False):
-    """Sentences of unequal length, ``filler`` in the places where the mask is 0."""
+    """Sentences of unequal length, with ``filler`` where the mask is 0."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(10, VOCABULARY, (rows, length), generator=generator)
     lengths = torch.randint(3, length + 1, (rows, 1), generator=generator)
@@ -172,7 +168,7 @@ def logits(model, batch):
 
 
 def assert_same_weights(one, other):
-    """To float rounding."""
+    """Check that weights are equal up to rounding."""
     for name, weight in one.state_dict().items():
         distance = (weight - other.state_dict()[name]).norm() / weight.norm().clamp(min=1e-12)
         assert distance < 1e-4, f"{name} differs by {distance:.3f}"
@@ -195,14 +191,14 @@ NETWORKS = {
 def test_a_network_is_pruned_by_dict_batches(make, form):
     model, held_out = make().eval(), joined(batches(form, 20)[16:])
     outputs = logits(model, held_out).detach()
-    before, dense = remember(model), copy.deepcopy(model)
+    before, dense = snapshot(model), copy.deepcopy(model)
     result = trim(model, batches(form), num_samples=256, **HALF)
-    certify(model, before, result, 0.5)
+    check_pruned(model, before, result, 0.5)
     magnitude = by_magnitude(dense, [report.name for report in result.reports], 0.5)
     assert error(model, outputs, held_out, logits) < error(magnitude, outputs, held_out, logits)
 
 
-def test_all_linears_of_gpt2_are_pruned_which_are_conv1d():
+def test_all_layers_of_gpt2_are_pruned_which_are_conv1d():
     model = gpt2()
     result = trim(model, batches(text, 4), num_samples=64, **HALF)
     parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
@@ -234,7 +230,7 @@ PADDED = {
 
 
 @pytest.mark.parametrize(("make", "form"), PADDED.values(), ids=PADDED.keys())
-def test_what_stands_in_padded_places_changes_nothing(make, form):
+def test_values_of_padded_tokens_change_nothing(make, form):
     models = [make().eval()]
     models.append(copy.deepcopy(models[0]))
     for model, filler in zip(models, (0, 7), strict=True):
@@ -244,15 +240,15 @@ def test_what_stands_in_padded_places_changes_nothing(make, form):
 
 def recorded_rows(model, data):
     layers = find_layers(model)[0]
-    held = sample_inputs(model, data, 10_000, seed=0)
+    calibration_set = sample_inputs(model, data, 10_000, seed=0)
     with evaluation_mode(model):
-        recordings = record(model, layers, held, num_samples=10_000, seed=0)
-    assert all(recording.rows == recording.seen for recording in recordings.values())
+        recordings = record(model, layers, calibration_set, num_samples=10_000, seed=0)
+    assert all(recording.rows == recording.total_rows for recording in recordings.values())
     return {name: recording.rows for name, recording in recordings.items()}
 
 
 @pytest.mark.parametrize(("make", "form"), [(bert, sentences), (gpt2, text), (gpt2, left_padded), (llama, text)])
-def test_rows_of_a_layer_are_the_tokens_that_the_mask_keeps(make, form):
+def test_rows_of_a_layer_are_the_tokens_without_padding(make, form):
     data = batches(form, 3)
     rows, kept = recorded_rows(make(), data), sum(int(batch["attention_mask"].sum()) for batch in data)
     assert 0 < kept < sum(batch["attention_mask"].numel() for batch in data)
@@ -262,7 +258,7 @@ def test_rows_of_a_layer_are_the_tokens_that_the_mask_keeps(make, form):
 
 @pytest.mark.parametrize("form", [pairs, longer_targets])
 @pytest.mark.parametrize(("make", "cross"), [(t5, "EncDecAttention"), (bart, "encoder_attn")])
-def test_rows_of_a_decoder_are_its_own_tokens_and_those_of_keys_and_values_the_encoders(make, cross, form):
+def test_rows_of_a_decoder_are_those_of_the_target_and_of_keys_and_values_those_of_the_source(make, cross, form):
     data = batches(form, 3)
     source, target = (sum(int(b[key].sum()) for b in data) for key in ("attention_mask", "decoder_attention_mask"))
     assert source != target
@@ -286,11 +282,11 @@ def test_targets_without_a_mask_are_all_recorded():
     assert rows["decoder.block.0.layer.1.EncDecAttention.k"] == source
 
 
-# --- layers that are none
+# --- weight matrices without a layer type
 
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm", "batched_mm"])
-def test_the_experts_of_a_mixture_are_listed_as_left_alone(experts):
+def test_the_experts_of_a_mixture_are_skipped(experts):
     model = mixtral(experts)
     result = trim(model, batches(text, 2), num_samples=32, **HALF)
     listed = reasons(result)
@@ -304,7 +300,7 @@ def test_the_experts_of_a_mixture_are_listed_as_left_alone(experts):
 
 
 class Glue(pl.LightningModule):
-    """As Lightning's GLUE example has it: ``forward(**inputs)``, outputs collected over an epoch."""
+    """The form of Lightning's GLUE example: ``forward(**inputs)``, outputs collected over an epoch."""
 
     def __init__(self, model):
         super().__init__()
@@ -338,21 +334,13 @@ def loader(form, first, count):
     return DataLoader(rows, batch_size=16)
 
 
-def trainer(path, *callbacks, **options):
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    return pl.Trainer(
-        accelerator="cpu", devices=1, default_root_dir=path, logger=False, max_epochs=1, callbacks=list(callbacks),
-        **quiet, **options,
-    )  # fmt: skip
-
-
 FITTED = {"BERT": (bert, sentences), "GPT-2": (gpt2, text), "T5": (t5, pairs)}
 
 
 @pytest.mark.parametrize(("make", "form"), FITTED.values(), ids=FITTED.keys())
-def test_a_fit_of_the_glue_form_prunes_and_writes(tmp_path, make, form):
+def test_a_fit_of_the_glue_example_prunes_and_writes(tmp_path, make, form):
     callback, module = NetTrim(num_samples=64, **HALF), Glue(make())
-    trainer(tmp_path, callback).fit(module, loader(form, 0, 4), loader(form, 10, 2))
+    make_trainer(tmp_path, callback, max_epochs=1).fit(module, loader(form, 0, 4), loader(form, 10, 2))
     for report in callback.result.reports:
         weight = module.get_parameter(f"{report.name}.weight")
         assert abs(int((weight == 0).sum()) - weight.numel() / 2) <= 1
@@ -362,11 +350,11 @@ def test_a_fit_of_the_glue_form_prunes_and_writes(tmp_path, make, form):
     again = Glue(make())
     again.load_state_dict(torch.load(tmp_path / "nettrim/pruned.ckpt", weights_only=True)["state_dict"])
     assert_same_weights(module, again)
-    (metrics,) = trainer(tmp_path).validate(again, loader(form, 10, 2), verbose=False)
+    (metrics,) = make_trainer(tmp_path).validate(again, loader(form, 10, 2), verbose=False)
     assert metrics == pytest.approx(callback.metrics["pruned"])
 
 
-def test_padding_changes_nothing_in_a_trainer_either(tmp_path):
+def test_values_of_padded_tokens_change_nothing_in_a_trainer(tmp_path):
     modules = [Glue(bert())]
     modules.append(copy.deepcopy(modules[0]))
     for module, filler in zip(modules, (0, 7), strict=True):
@@ -375,6 +363,6 @@ def test_padding_changes_nothing_in_a_trainer_either(tmp_path):
             return sentences(seed, filler)
 
         callback = NetTrim(num_samples=64, calibration="val", save=False, **HALF)
-        trainer(tmp_path, callback).validate(module, loader(form, 10, 2), verbose=False)
+        make_trainer(tmp_path, callback).validate(module, loader(form, 10, 2), verbose=False)
         assert callback.result.sparsity == pytest.approx(0.5, abs=1e-3)
     assert_same_weights(*modules)

@@ -53,7 +53,7 @@ def images(layer, count=3):
 
 
 def by_hand(layer, x):
-    """Inputs ``(groups, P, N)``, each from a convolution with a single weight of one, and weights ``(groups, N, M)``."""
+    """``(groups, P, N)`` inputs, each by a convolution with a single weight of one, and ``(groups, N, M)`` weights."""
     G = layer.groups
     alone = copy.deepcopy(layer)
     alone.bias = None
@@ -103,8 +103,9 @@ def test_the_solution_is_that_of_the_unfolded_layer(name):
     X, W = X.detach(), W.detach()
     Y = (X @ W).relu()
     problem = LayerProblem(X, Y, W, sparsity=0.6, Omega=Y > 0, penalty=penalty, groups=G)
-    expected = refit(problem, solve(problem, Cardinality()).W, cg_steps=10, rtol=3e-3)
-    result = trim(net, [x], sparsity=0.6, allocate="uniform", num_samples=10**6)
+    solver = Cardinality(max_steps=40)
+    expected = refit(problem, solve(problem, solver).W, cg_steps=10, rtol=3e-3)
+    result = trim(net, [x], sparsity=0.6, allocate="uniform", solver=solver, num_samples=10**6)
     _, found = by_hand(net[0], x[:1])
     inputs = found.shape[1]
     assert torch.equal(found != 0, expected[:, :inputs] != 0)

@@ -196,19 +196,19 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("allocate", NAMES)
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sparsity", [0.4, 0.777, 0.95])
-def test_the_total_is_exact_to_the_weight(allocate, sparsity):
+def test_the_total_is_exact_to_the_weight(name, sparsity):
     model = wide_mlp()
-    result = trim(model, mlp_batches(), sparsity=sparsity, allocate=allocate)
+    result = trim(model, mlp_batches(), sparsity=sparsity, allocate=name)
     assert sum(report.zeros for report in result.reports) == round(sparsity * 1720)
     assert sum(int((model[i].weight == 0).sum()) for i in (0, 2, 4)) == round(sparsity * 1720)
 
 
-@pytest.mark.parametrize("allocate", NAMES)
-def test_layers_with_a_budget_of_their_own_are_left_out_and_limits_are_respected(allocate):
+@pytest.mark.parametrize("name", NAMES)
+def test_layers_with_a_budget_of_their_own_are_left_out_and_limits_are_respected(name):
     own = {"0": {"sparsity": 0.25}, "2": {"max_sparsity": 0.55}, "4": {"min_sparsity": 0.5}}
-    result = trim(wide_mlp(), mlp_batches(), sparsity=0.5, allocate=allocate, per_layer=own)
+    result = trim(wide_mlp(), mlp_batches(), sparsity=0.5, allocate=name, per_layer=own)
     first, second, third = (report.zeros for report in result.reports)
     assert first == 150
     assert second + third == 560
@@ -218,8 +218,8 @@ def test_layers_with_a_budget_of_their_own_are_left_out_and_limits_are_respected
 
 def test_the_global_allocation_changes_the_output_least():
     errors = {}
-    for allocate in ("uniform", "global", "epsilon"):
-        errors[allocate] = trim(wide_mlp(), mlp_batches(), sparsity=0.7, allocate=allocate).end_to_end_error
+    for name in ("uniform", "global", "epsilon"):
+        errors[name] = trim(wide_mlp(), mlp_batches(), sparsity=0.7, allocate=name).end_to_end_error
     assert errors["global"] == min(errors.values())
 
 

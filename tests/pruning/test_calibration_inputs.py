@@ -34,7 +34,7 @@ def test_padded_tokens_are_left_out(form):
         model = MaskedTokens().eval()
         padded = torch.where(mask == 1, ids, padding)
         batches = [form(pair) for pair in zip(padded.split(10), mask.split(10), strict=True)]
-        trim(model, batches, sparsity=0.5, solver=Cardinality(max_steps=50))
+        trim(model, batches, sparsity=0.5, allocate="uniform", solver=Cardinality(max_steps=50))
         results.append(model.state_dict())
     assert all(torch.allclose(results[0][name], results[1][name], atol=1e-6) for name in results[0])
 

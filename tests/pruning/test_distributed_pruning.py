@@ -71,6 +71,7 @@ def test_two_processes_prune_to_the_network_of_one(networks, case):
     assert numbers == pytest.approx(expected, rel=1e-5, abs=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [
@@ -96,6 +97,7 @@ def test_an_error_in_one_process_ends_all(errors, name, first, second):
     assert re.match(second, errors[1][name]), errors[1][name]
 
 
+@pytest.mark.slow
 def test_if_memory_runs_out_in_one_process_all_use_smaller_batches(errors):
     (notes, first), (others, second) = (of_process["out of memory once"] for of_process in errors)
     assert notes == others
@@ -104,6 +106,7 @@ def test_if_memory_runs_out_in_one_process_all_use_smaller_batches(errors):
     assert int((first["first.weight"] == 0).sum() + (first["second.weight"] == 0).sum()) == (24 * 8 + 8 * 4) // 2
 
 
+@pytest.mark.slow
 def test_a_process_that_exits_ends_the_others(tmp_path):
     survivor, exited = run_two_processes(tmp_path, "exit")
     assert exited.returncode == 7

@@ -8,10 +8,10 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
+from mnist import MARKS, ROOT, accuracy, fit
 
 from lightning_nettrim import Magnitude, NetTrim, SparseGPT, Wanda, trim
 from recipes.models import MLP
-from mnist import MARKS, ROOT, accuracy, fit
 
 pytestmark = MARKS
 

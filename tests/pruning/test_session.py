@@ -94,10 +94,14 @@ def test_an_error_in_a_session_restores_the_trained_weights_and_is_logged(caplog
     model = mlp()
     before, session = copied_state(model), session_of(model, mlp_batches())
     session.run.progress.activity = "testing"
-    with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt), session.restored_on_error():
-        with torch.no_grad():
+
+    def change_and_interrupt():
+        with session.restored_on_error(), torch.no_grad():
             model[2].weight.zero_()
-        raise KeyboardInterrupt
+            raise KeyboardInterrupt
+
+    with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
+        change_and_interrupt()
     assert equal_states(model, before)
     assert "KeyboardInterrupt while testing: all of 0, 2, 4 have their trained weights again" in caplog.text
 

@@ -1,4 +1,4 @@
-"""What holds after pruning any network: asserted from its weights alone, not from what the package says of them."""
+"""Properties of every pruned network, checked on its weights, not on what the package reports."""
 
 import copy
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 @dataclass
-class Before:
+class Snapshot:
     """A network before pruning: its state, the modes of its modules and the hooks on them."""
 
     state: dict
@@ -19,9 +19,9 @@ class Before:
     hooks: list
 
 
-def remember(model):
+def snapshot(model):
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    return Before(state, [module.training for module in model.modules()], hooks(model))
+    return Snapshot(state, [module.training for module in model.modules()], hooks(model))
 
 
 def hooks(model):
@@ -46,8 +46,8 @@ def weight_of(model, name):
     return next(parameters[key] for key in (f"{name}.weight", f"{name}_weight") if key in parameters).detach()
 
 
-def certify(model, before, result, sparsity):
-    """Assert the zeros, the list of what was left alone, and that nothing else has changed."""
+def check_pruned(model, before, result, sparsity):
+    """Check the zeros, the list of skipped layers, and that nothing else has changed."""
     after, named = model.state_dict(), [report.name for report in result.reports]
     reasons = {layer.name: layer.reason for layer in result.skipped}
 
@@ -83,7 +83,7 @@ def changed(before, after):
 
 
 def may_change(model, name, pruned):
-    """Whether an entry of the state belongs to a pruned layer or to a BatchNorm (but for its count of batches)."""
+    """Whether an entry of the state belongs to a pruned layer or to a BatchNorm (except its number of batches)."""
     path = name.rpartition(".")[0]
     if name.endswith("num_batches_tracked"):
         return False
@@ -92,7 +92,7 @@ def may_change(model, name, pruned):
 
 
 def by_magnitude(model, names, sparsity):
-    """A copy whose layers have lost their smallest weights: the simplest thing that can be done."""
+    """A copy in which the smallest weights of each layer are zero."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for name in names:
