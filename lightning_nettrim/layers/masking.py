@@ -42,7 +42,9 @@ def checked(model: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]
     for name, value in values.items():
         shape = tuple(parameters[name].shape) if name in parameters else None
         if shape != tuple(value.shape):
-            raise ValueError(f"{name}: expected a parameter of shape {tuple(value.shape)}, got {'none' if shape is None else shape}")
+            raise ValueError(
+                f"{name}: expected a parameter of shape {tuple(value.shape)}, got {'none' if shape is None else shape}"
+            )
     return {name: parameters[name] for name in values}
 
 
