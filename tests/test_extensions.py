@@ -7,19 +7,13 @@ import extensions
 import pytest
 import torch
 import yaml
+from trainers import CLI_WARNINGS
 
 from lightning_nettrim import register_layer, trim
 from lightning_nettrim.cli import main
 from lightning_nettrim.testing import SolverContract
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
-    pytest.mark.filterwarnings("ignore:The number of training batches"),
-    pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings(r"ignore:\s*By default only one JsonargparseDeprecationWarning per type"),
-    pytest.mark.filterwarnings(r"ignore:[\s\S]*was deprecated in v4[.\d]* and will be removed:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:GPU available but not used"),
-]
+pytestmark = CLI_WARNINGS
 
 SOLVER = {"class_path": "extensions.EnergySolver", "init_args": {"power": 1.5}}
 ALLOCATION = {"class_path": "extensions.DenseFirst"}

@@ -63,7 +63,7 @@ class InProjection(Layer):
         query, *others = _query_key_value(args, kwargs)
         if any(other is not query for other in others):
             raise ValueError(
-                f"{self.name}: expected self-attention, where query, key and value are the same tensor, got different"
+                "expected self-attention, where query, key and value are the same tensor, got different"
                 " tensors: ignore this layer"
             )
         bias = None if self.bias is None else self.module.get_parameter(self.bias)

@@ -106,15 +106,16 @@ class ResumeStore:
             )  # fmt: skip
 
     def remove(self) -> None:
-        """Remove the entries of a finished run, and those of interrupted runs that it has read; by process 0."""
+        """Remove the entries in this run's own folder, by process 0; other folders are not changed."""
         if self._processes.rank == 0:
-            remove_entries(self.folder, self.reused)
+            remove_entries(self.folder)
 
 
 def remove_entries(folder: Path, reused: Sequence[Path] = ()) -> None:
     """Remove the entries of a finished run and the files of earlier runs that it has read, and folders left empty."""
     for path in [*folder.glob("*.safetensors*"), *reused]:
-        path.unlink(missing_ok=True)
+        if path.is_file():
+            path.unlink(missing_ok=True)
     for parent in {folder, *(path.parent for path in reused)}:
         if parent.exists() and not any(parent.iterdir()):
             parent.rmdir()

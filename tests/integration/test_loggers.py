@@ -36,7 +36,7 @@ def assert_own_files(found):
         assert all(torch.equal(value, stored[name]) for name, value in module.state_dict().items())
 
 
-@pytest.mark.parametrize("store", ["sqlite", "file"])
+@pytest.mark.parametrize("store", [pytest.param("sqlite", marks=pytest.mark.slow), "file"])
 def test_mlflow_stores_the_files_of_each_run_and_has_no_broken_experiment(tmp_path, monkeypatch, store):
     client_of = pytest.importorskip("mlflow.tracking").MlflowClient
     monkeypatch.chdir(tmp_path)

@@ -39,6 +39,9 @@ GENERALIZES = {
 }  # fmt: skip
 """Networks whose error is smaller than by magnitude also on other images, with so few images and random weights."""
 
+LARGE = {"regnetx_002", "mobilevit_xxs", "mobilenetv3_small_050", "test_resnet", "resnetv2_50", "test_efficientnet"}
+"""Networks that take many seconds."""
+
 INPUTS = 256
 
 
@@ -81,7 +84,7 @@ def half(model, batches, **options):
     )
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in LARGE else n for n in SMALL])
 def test_a_network_is_pruned_by_half(name):
     model, size = network(name)
     seen, others = images(INPUTS, size, seed=1), images(64, size, seed=2)

@@ -48,6 +48,7 @@ DETECTORS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "targets"), DETECTORS.values(), ids=DETECTORS.keys())
 def test_a_detector_is_pruned_on_lists_of_images_of_several_sizes(make, targets):
     model = make()
@@ -88,6 +89,7 @@ def detection_loader(seed):
     return DataLoader(rows, batch_size=3, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
 
 
+@pytest.mark.slow
 def test_a_detector_is_pruned_in_a_trainer(tmp_path):
     callback = NetTrim(num_samples=32, targets=["*.fpn.*", "*.box_predictor.*"], solver=Magnitude(), **HALF)
     module = Detector()
@@ -134,6 +136,7 @@ SEGMENTERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "targets"), SEGMENTERS.values(), ids=SEGMENTERS.keys())
 def test_a_segmenter_is_pruned_in_a_trainer(tmp_path, make, targets):
     module = Segmenter(make(weights=None, weights_backbone=None, num_classes=2))
@@ -148,6 +151,7 @@ def test_a_segmenter_is_pruned_in_a_trainer(tmp_path, make, targets):
     assert metrics == pytest.approx(callback.metrics["pruned"])
 
 
+@pytest.mark.slow
 def test_a_whole_segmenter_is_pruned_by_trim():
     model = segmentation.lraspp_mobilenet_v3_large(weights=None, weights_backbone=None, num_classes=2).eval()
     before = snapshot(model)

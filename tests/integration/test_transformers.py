@@ -129,10 +129,10 @@ def left_padded(seed, filler=0):
 def pairs(seed, filler=0, target=TOKENS):
     """Source and target sentences; the target's own padding is masked, too."""
     ids, mask = tokens(seed, filler)
-    answers, decoded = tokens(seed + 1000, filler, target)
+    targets, decoded = tokens(seed + 1000, filler, target)
     return {
         "input_ids": ids, "attention_mask": mask, "decoder_attention_mask": decoded,
-        "decoder_input_ids": answers, "labels": torch.where(decoded == 1, answers, -100),
+        "decoder_input_ids": targets, "labels": torch.where(decoded == 1, targets, -100),
     }  # fmt: skip
 
 

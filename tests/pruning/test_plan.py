@@ -92,6 +92,6 @@ def test_a_warning_tells_which_weights_cannot_be_pruned():
 
 
 def test_the_warning_is_among_the_notes_of_the_result():
-    result = trim(Products(10), mlp_batches(), sparsity=0.5)
+    result = trim(Products(10), mlp_batches(), sparsity=0.5, allocate="uniform")
     assert any(note.startswith("only 33% of the values") for note in result.notes)
-    assert not trim(Products(20), mlp_batches(), sparsity=0.5).notes
+    assert not trim(Products(20), mlp_batches(), sparsity=0.5, allocate="uniform").notes

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from networks import conv2d_inputs, conv2d_network, mlp, mlp_batches
+from networks import conv2d_inputs, conv2d_network, mlp, mlp_batches, wide_mlp
 from torch import nn
 
 from lightning_nettrim import ADMM, Cardinality, LayerProblem, Magnitude, Solution, SparseGPT, Status, Wanda, trim
@@ -14,11 +14,11 @@ from lightning_nettrim import ADMM, Cardinality, LayerProblem, Magnitude, Soluti
 
 @pytest.mark.parametrize("solver", [None, Magnitude(), Wanda(), SparseGPT()], ids=repr)
 def test_methods_that_take_a_sparsity_prune_to_an_epsilon_too(solver):
-    model, data = mlp(), mlp_batches()
-    result = trim(model, data, epsilon=0.1, scheme="parallel", solver=solver or Cardinality())
+    data = mlp_batches()
+    result = trim(wide_mlp(), data, epsilon=0.1, scheme="parallel", solver=solver or Cardinality())
     assert all(0 < report.local_error <= 0.1 for report in result.reports)
     if solver is None:
-        convex = trim(mlp(), data, epsilon=0.1, scheme="parallel")
+        convex = trim(wide_mlp(), data, epsilon=0.1, scheme="parallel")
         assert result.sparsity > convex.sparsity
 
 
