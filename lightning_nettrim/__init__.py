@@ -12,6 +12,7 @@ from lightning_nettrim.pruning.allocation.uniform import UniformAllocation
 from lightning_nettrim.pruning.api import prune_model, trim
 from lightning_nettrim.pruning.budget import Budget
 from lightning_nettrim.pruning.config import PruningConfig
+from lightning_nettrim.pruning.recovery import Distillation, Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, SkippedLayer, Trial
 from lightning_nettrim.pruning.session import CalibrationSession, CalibrationSource
 from lightning_nettrim.solvers import (
@@ -38,6 +39,7 @@ __all__ = [
     "CalibrationSession",
     "CalibrationSource",
     "Cardinality",
+    "Distillation",
     "EpsilonAllocation",
     "GlobalAllocation",
     "Layer",
@@ -53,6 +55,7 @@ __all__ = [
     "PerNeuron",
     "PruningConfig",
     "PruningResult",
+    "Recovery",
     "SkippedLayer",
     "Solution",
     "Solver",

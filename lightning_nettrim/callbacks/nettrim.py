@@ -33,6 +33,7 @@ from lightning_nettrim.pruning.api import check_pruning, prune_model
 from lightning_nettrim.pruning.budget import Options
 from lightning_nettrim.pruning.config import PruningConfig
 from lightning_nettrim.pruning.plan_file import select_layers
+from lightning_nettrim.pruning.recovery import Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, Trial
 from lightning_nettrim.pruning.session import CalibrationSource
 from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
@@ -75,6 +76,8 @@ class NetTrim(Callback):
             compensates for the ones before it; ``parallel`` prunes every layer on the activations of the dense network.
         solver: the method; ``None`` is Cardinality at a sparsity and ADMM, the convex program, at an epsilon.
         refit: refit the weights on their support.
+        recover: tunes the kept weights to the dense network's output after pruning, without labels, as
+            ``Distillation()``; ``None`` does not.
         targets: layers to prune, by names, globs, ``re:`` patterns or class names; ``None`` is every layer that can be
             pruned.
         ignore: layers to leave dense, by the same keys.
@@ -129,6 +132,7 @@ class NetTrim(Callback):
         scheme: Literal["cascade", "parallel"] = "cascade",
         solver: Solver | None = None,
         refit: bool = True,
+        recover: Recovery | None = None,
         targets: Sequence[str] | None = None,
         ignore: Sequence[str] | None = None,
         per_layer: Options | None = None,

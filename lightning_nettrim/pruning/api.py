@@ -21,6 +21,7 @@ from lightning_nettrim.pruning.config import PruningConfig
 from lightning_nettrim.pruning.layer import prune_layer
 from lightning_nettrim.pruning.plan_file import plan_to_yaml
 from lightning_nettrim.pruning.pruner import prune_network
+from lightning_nettrim.pruning.recovery import Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, Trial
 from lightning_nettrim.pruning.search import prune_within_drop
 from lightning_nettrim.pruning.session import CalibrationSource, calibrate
@@ -49,6 +50,7 @@ def trim(
     scheme: Literal["cascade", "parallel"] = "cascade",
     solver: Solver | None = None,
     refit: bool = True,
+    recover: Recovery | None = None,
     targets: Sequence[str] | None = None,
     ignore: Sequence[str] | None = None,
     per_layer: Options | None = None,
@@ -100,6 +102,8 @@ def trim(
             compensates for the ones before it; ``parallel`` prunes every layer on the activations of the dense network.
         solver: the method; ``None`` is Cardinality at a sparsity and ADMM, the convex program, at an epsilon.
         refit: refit the weights on their support.
+        recover: tunes the kept weights to the dense network's output after pruning, without labels, as
+            ``Distillation()``; ``None`` does not.
         targets: layers to prune, by names, globs, ``re:`` patterns or class names; ``None`` is every layer that can be
             pruned.
         ignore: layers to leave dense, by the same keys.

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from lightning_nettrim.core.pattern import Pattern, parse_pattern
 from lightning_nettrim.pruning.allocation.base import Allocation
 from lightning_nettrim.pruning.budget import Budget, Options, override
+from lightning_nettrim.pruning.recovery import Recovery
 from lightning_nettrim.runtime.offload import OFFLOAD_TARGETS
 from lightning_nettrim.solvers import ADMM, Cardinality, Solver
 
@@ -55,6 +56,8 @@ class PruningConfig:
             compensates for the ones before it; ``parallel`` prunes every layer on the activations of the dense network.
         solver: the method; ``None`` is Cardinality at a sparsity and ADMM, the convex program, at an epsilon.
         refit: refit the weights on their support.
+        recover: tunes the kept weights to the dense network's output after pruning, without labels, as
+            ``Distillation()``; ``None`` does not.
         targets: layers to prune, by names, globs, ``re:`` patterns or class names; ``None`` is every layer that can be
             pruned.
         ignore: layers to leave dense, by the same keys.
@@ -92,6 +95,7 @@ class PruningConfig:
     scheme: Literal["cascade", "parallel"] = "cascade"
     solver: Solver | None = None
     refit: bool = True
+    recover: Recovery | None = None
     targets: Sequence[str] | None = None
     ignore: Sequence[str] | None = None
     per_layer: Options | None = None
@@ -175,6 +179,8 @@ class PruningConfig:
         if not isinstance(self.allocate, Allocation) and self.allocate not in ALLOCATIONS:
             names = " or ".join(map(repr, ALLOCATIONS))
             raise ValueError(f"allocate: expected {names} or an Allocation, got {self.allocate!r}")
+        if self.recover is not None and not isinstance(self.recover, Recovery):
+            raise ValueError(f"recover: expected a Recovery, such as Distillation(), got {self.recover!r}")
         if self.solver is not None and not isinstance(self.solver, Solver):
             raise ValueError(f"solver: expected a Solver, such as Cardinality(), got {self.solver!r}")
 

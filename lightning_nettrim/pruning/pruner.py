@@ -14,6 +14,7 @@ from lightning_nettrim.core.activation import Rectifier
 from lightning_nettrim.layers import Layer, masking
 from lightning_nettrim.pruning.budget import Budget
 from lightning_nettrim.pruning.layer import LayerOutcome
+from lightning_nettrim.pruning.recovery import Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult
 from lightning_nettrim.pruning.session import CalibrationSession, retried, with_fewer_rows
 from lightning_nettrim.pruning.steps import Step, with_memory_retries, with_progress, with_reports, with_resume
@@ -46,7 +47,10 @@ def prune_network(
         session.run.progress.activity = "measuring the pruned network"
         finish_batchnorms(session, budgets, outcomes)
         distances, session = retried(session, lambda s: s.reference.distances(s.activations), with_fewer_rows)
-    return replace(_result(session, outcomes, distances), seconds=time.perf_counter() - start), session
+    result = _result(session, outcomes, distances)
+    if session.config.recover is not None:
+        result, session = recover_network(session, session.config.recover, result)
+    return replace(result, seconds=time.perf_counter() - start), session
 
 
 def prune_layers(
@@ -84,6 +88,27 @@ def reestimate_after(session: CalibrationSession, layer: str, budgets: Budgets) 
             calibration_set = session.activations.calibration_set
             values = batchnorm.reestimate(session.model, name, calibration_set, session.processes)
             masking.assign(session.model, values)
+
+
+def recover_network(
+    session: CalibrationSession, recovery: Recovery, result: PruningResult
+) -> tuple[PruningResult, CalibrationSession]:
+    """Recover a pruned model in place, and measure its end-to-end errors again."""
+    report = recovery.recover(session, result.masks)
+    if not report.steps:
+        return replace(result, recovery=replace(report, end_to_end_error_before=result.end_to_end_error)), session
+    with evaluation_mode(session.model):
+        distances, session = retried(session, lambda s: s.reference.distances(s.activations), with_fewer_rows)
+    norms = {name: norm or 1.0 for name, norm in session.reference.norms.items()}
+    reports = (replace(r, end_to_end_error=distances[r.name] / norms[r.name]) for r in result.reports)
+    return replace(
+        result,
+        reports=tuple(reports),
+        end_to_end_error=distances[session.last] / norms[session.last],
+        end_to_end_bound=None,
+        output_distance=distances[session.last],
+        recovery=replace(report, end_to_end_error_before=result.end_to_end_error),
+    ), session
 
 
 def _is_solved_with_layer(session: CalibrationSession, name: str, budgets: Budgets) -> bool:

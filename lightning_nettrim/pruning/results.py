@@ -121,6 +121,35 @@ class Trial:
         return f"trial at sparsity {self.sparsity:.2%}: metric {self.metric:.4f}, {verdict}"
 
 
+@dataclass(frozen=True)
+class RecoveryReport:
+    """What a recovery has changed.
+
+    Attributes:
+        loss: name of the loss.
+        loss_before: loss of the pruned network, on calibration inputs that were held out.
+        loss_after: of the recovered network; equal to ``loss_before`` if nothing has improved.
+        end_to_end_error_before: of the pruned network, on the calibration set; NaN until it is measured.
+        steps: number of steps up to the best iterate.
+        seconds: in total.
+    """
+
+    loss: str
+    loss_before: float
+    loss_after: float
+    steps: int
+    seconds: float
+    end_to_end_error_before: float = float("nan")
+
+    def line(self, end_to_end_error: float) -> str:
+        """One line for a log."""
+        return (
+            f"recovery: end-to-end error {self.end_to_end_error_before:.4f} → {end_to_end_error:.4f},"
+            f" held-out loss ({self.loss}) {self.loss_before:.3g} → {self.loss_after:.3g}, {self.steps} steps,"
+            f" {self.seconds:.1f} s"
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class PruningResult:
     """The result of pruning a network.
@@ -137,6 +166,7 @@ class PruningResult:
         output_distance: ‖Y_pruned − Y‖ of the last pruned layer's response.
         output_norm: ‖Y‖ of the last pruned layer's response.
         seconds: in total.
+        recovery: what the recovery has changed; ``None`` without one.
         trials: of a search within a drop of the metric, the dense network first; else empty.
         plan: the budgets as YAML, which ``plan=`` reads.
         peak_memory: additional memory of the device or, on the CPU, of the process, in GiB.
@@ -154,6 +184,7 @@ class PruningResult:
     output_distance: float
     output_norm: float
     seconds: float
+    recovery: RecoveryReport | None = None
     trials: tuple[Trial, ...] = ()
     plan: str = ""
     peak_memory: float | None = None
@@ -183,6 +214,7 @@ class PruningResult:
             + ("" if self.peak_memory is None else f"; peak of additional memory {self.peak_memory:.2f} GiB")
         )
         lines += [f"{report.name}: {report.fallback}" for report in self.reports if report.fallback]
+        lines += [] if self.recovery is None else [self.recovery.line(self.end_to_end_error)]
         lines += self.notes
         lines += [trial.line() for trial in self.trials]
         lines += [f"skipped {layer.name or '(the model)'}: {layer.reason}" for layer in self.skipped]
@@ -256,6 +288,7 @@ def to_json(
             "layers": [asdict(report) for report in result.reports],
             "skipped": [asdict(layer) for layer in result.skipped],
             "total": result.total(),
+            "recovery": None if result.recovery is None else asdict(result.recovery),
             "trials": [asdict(trial) for trial in result.trials],
             "notes": result.notes,
             "metrics": metrics,

@@ -260,7 +260,7 @@ def start_session(
 def subset(session: CalibrationSession, inputs: int, solver: Solver) -> CalibrationSession:
     """A session of the same trained model on about so many of its inputs, with another solver and without resuming."""
     session.restore()
-    config = replace(session.config, solver=solver, max_rows=min(inputs, session.config.rows_limit))
+    config = replace(session.config, solver=solver, recover=None, max_rows=min(inputs, session.config.rows_limit))
     first = session.activations.first_inputs(inputs)
     rows = {name: min(inputs, count) for name, count in session.activations.rows.items()}
     run = replace(session.run, meter=None, resume=None, cache={})
