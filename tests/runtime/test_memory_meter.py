@@ -39,7 +39,8 @@ def test_the_peak_includes_memory_that_was_freed_again():
 def test_the_peak_of_a_meter_is_the_largest_reading():
     meter = MemoryMeter(torch.device("cpu"))
     assert meter.peak == 0
-    assert meter.peak == max(meter.read_peak() for _ in range(3))
+    readings = [meter.read_peak() for _ in range(3)]
+    assert meter.peak == max(readings)
 
 
 class Attempt:
