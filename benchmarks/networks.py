@@ -19,7 +19,7 @@ from benchmarks.oneshot import THOROUGH
 from benchmarks.peers import Unavailable, alps
 from benchmarks.peers.clones import PruneLayer
 from benchmarks.training import accuracy, train_or_load
-from lightning_nettrim import Cardinality, Magnitude, SparseGPT, Wanda, trim
+from lightning_nettrim import Cardinality, Distillation, Magnitude, SparseGPT, Wanda, trim
 from recipes.data import MNIST
 from recipes.models import LeNet5
 
@@ -33,6 +33,8 @@ METHODS: dict[str, dict] = {
     "magnitude + refit": {"solver": Magnitude(), "allocate": "magnitude"},
     "Wanda (this package)": {"solver": Wanda(), "refit": False, "allocate": "uniform", "pattern": "per_neuron"},
     "SparseGPT (this package)": {"solver": SparseGPT(), "refit": False, "allocate": "uniform"},
+    "ours, recovered": {"recover": Distillation()},
+    "magnitude + refit, recovered": {"solver": Magnitude(), "allocate": "magnitude", "recover": Distillation()},
 }
 """Options of `trim` for each method; the statistics of BatchNorms are re-estimated in all of them."""
 

@@ -22,12 +22,6 @@ SMALL_LAYER, SMALL_LAYER_FACTOR = 512, 6
 """A layer of at most SMALL_LAYER weights takes SMALL_LAYER_FACTOR times as many steps, each with all rows."""
 
 
-USES = 3
-"""Number of steps between two changes of ρ, in which one inverse is used.
-
-Forming it costs 2n³ and using it 2n²M each; applying it factor by factor costs 4n²M each, less if USES·M < n."""
-
-
 class Spectrum(NamedTuple):
     """The eigendecomposition QΛQᵀ of H = XᵀX with its free rows eliminated and each input scaled to unit energy.
 
@@ -47,21 +41,13 @@ class Spectrum(NamedTuple):
         mean = self.values.sum(-1, keepdim=True) / self.scale.shape[-2]
         return torch.where(mean > 0, mean, 1)
 
-    def inverse(self, rho: Tensor, columns: int) -> Callable[[Tensor], Tensor]:
-        """The product of (H + ρ)⁻¹ with ``(B, n, columns)``, in the cheapest of three forms.
-
-        For few columns Q(Λ + ρ)⁻¹Qᵀ is applied factor by factor, for many it is formed once. At a rank below n it is
-        (1 − QΛ(Λ + ρ)⁻¹Qᵀ)/ρ.
-        """
-        n, rank = self.vectors.shape[-2:]
-        if rank < n:
-            part = (self.values / (self.values + rho)).mT
-            return lambda B: torch.baddbmm(B, self.vectors, part * torch.bmm(self.vectors.mT, B), alpha=-1).div_(rho)
-        if USES * columns < n:
-            scale = (1 / (self.values + rho)).mT
-            return lambda B: torch.bmm(self.vectors, scale * torch.bmm(self.vectors.mT, B))
-        inverse = torch.bmm(self.vectors / (self.values + rho), self.vectors.mT)
-        return lambda B: torch.bmm(inverse, B)
+    def inverse(self, rho: Tensor) -> Callable[[Tensor], Tensor]:
+        """The product with (H + ρ)⁻¹ = Q(Λ + ρ)⁻¹Qᵀ or, at a lower rank, (1 − QΛ(Λ + ρ)⁻¹Qᵀ)/ρ."""
+        if self.vectors.shape[-1] == self.vectors.shape[-2]:
+            inverse = torch.bmm(self.vectors / (self.values + rho), self.vectors.mT)
+            return lambda B: torch.bmm(inverse, B)
+        part = (self.values / (self.values + rho)).mT
+        return lambda B: torch.baddbmm(B, self.vectors, part * torch.bmm(self.vectors.mT, B), alpha=-1).div_(rho)
 
 
 @dataclass(frozen=True)
@@ -118,8 +104,8 @@ class Cardinality(Solver):
         return Solution.uncertified(W.reshape(shape + W.shape[1:]), run.max_steps, spectrum)
 
     def _growth(self) -> list[float]:
-        """The factors of ρ, every USES steps: up to ``rho_end``, and to FINAL_RHO in the last sixth of the steps."""
-        times = -(-self.max_steps // USES)
+        """The factors of ρ, every third step: up to ``rho_end``, and to FINAL_RHO in the last sixth of the steps."""
+        times = -(-self.max_steps // 3)
         final = times // 6
         slow = (self.rho_end / self.rho_start) ** (1 / (times - final))
         fast = max(FINAL_RHO / self.rho_end, 1.0) ** (1 / max(final, 1))
@@ -149,8 +135,8 @@ class Cardinality(Solver):
 
         for step in range(self.max_steps):
             with coarse_products(self.tf32):
-                if step % USES == 0:
-                    inverse = spectrum.inverse(rho + problem.ridge, W.shape[-1])
+                if step % 3 == 0:
+                    inverse = spectrum.inverse(rho + problem.ridge)
                 b = unscale * (total[:, rows] - regression.mT @ total[:, free]) + trained
                 W = inverse((S - U).mul_(rho).add_(b))  # W-update
                 U += W
@@ -161,9 +147,9 @@ class Cardinality(Solver):
                     product = _target_product(problem, parts[part], complete(W))  # T-update
                     total += product - products[part]
                     products[part] = product
-            if step % USES == USES - 1:
-                rho = rho * growth[step // USES]
-                U /= growth[step // USES]
+            if step % 3 == 2:
+                rho = rho * growth[step // 3]
+                U /= growth[step // 3]
         score = torch.zeros_like(full)
         score[:, rows] = S.square()
         return project_pattern(problem, complete(S), score)
