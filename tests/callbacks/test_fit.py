@@ -35,7 +35,7 @@ from lightning_nettrim import ADMM, NetTrim
 pytestmark = LIGHTNING_WARNINGS
 
 REPORT_KEYS = {
-    "schema_version", "layers", "skipped", "total", "trials", "notes", "metrics", "arguments", "versions",
+    "schema_version", "layers", "skipped", "total", "recovery", "trials", "notes", "metrics", "arguments", "versions",
 }  # fmt: skip
 
 
