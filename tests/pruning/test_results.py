@@ -42,7 +42,8 @@ def test_json_has_every_field_and_no_value_that_json_lacks():
     written = to_json(result(report(), report("fc2", objective=math.nan)), {"dense": {"acc": 0.9}}, {"a": object}, {})
     again = json.loads(json.dumps(written, allow_nan=False))
     assert set(again) == {
-        "schema_version", "layers", "skipped", "total", "recovery", "trials", "notes", "metrics", "arguments", "versions",
+        "schema_version", "layers", "skipped", "total", "recovery", "trials", "notes", "metrics", "arguments",
+        "versions",
     }  # fmt: skip
     assert again["schema_version"] == SCHEMA_VERSION == 1
     assert again["layers"][0]["shape"] == [3, 4]
