@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from lightning_nettrim import ADMM, Cardinality, LayerProblem, Solution, SparseGPT, Wanda, trim
+from lightning_nettrim import ADMM, Cardinality, Distillation, LayerProblem, Magnitude, Solution, SparseGPT, Wanda, trim
 
 SAMPLES = 1024
 
@@ -49,6 +49,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "conv sparsity": ("conv", {"sparsity": 0.5, "allocate": "uniform"}),
     "conv epsilon": ("conv", {"epsilon": 0.2, "solver": ADMM(rtol=1e-2, atol=1e-2)}),
 }
+
+
+RECOVERED: dict[str, tuple[str, dict[str, Any]]] = {
+    "conv recovered": (
+        "conv",
+        {"sparsity": 0.7, "allocate": "uniform", "solver": Magnitude(), "recover": Distillation(max_steps=40)},
+    ),
+}
+"""Cases that depend on which inputs are in one batch, and therefore on the number of processes."""
 
 
 class DifferentPaths(nn.Module):
@@ -117,7 +126,7 @@ def batches(kind: str, rank: int, count: int) -> list[Tensor]:
 
 def prune_case(case: str, rank: int = 0, count: int = 1) -> tuple[nn.Module, dict[str, float]]:
     """A network pruned on the rows of this process, and the numbers of its report except time and memory."""
-    kind, arguments = CASES[case]
+    kind, arguments = (CASES | RECOVERED)[case]
     model = network(kind)
     data = batches(kind, rank, count)
     arguments = {**arguments, "num_samples": SAMPLES * 100, "distributed": count > 1}
@@ -130,13 +139,15 @@ def prune_case(case: str, rank: int = 0, count: int = 1) -> tuple[nn.Module, dic
     own = ("seconds", "peak_memory")
     totals = {key: value for key, value in result.total().items() if value is not None and key not in own}
     errors = {report.name: report.local_error for report in result.reports}
+    if result.recovery is not None:
+        errors["before recovery"] = result.recovery.end_to_end_error_before
     return model, totals | errors
 
 
 def run_cases(rank: int, count: int) -> dict[str, Any]:
     """Pruned networks and their numbers by case."""
     results = {}
-    for case in CASES:
+    for case in CASES | RECOVERED:
         model, numbers = prune_case(case, rank, count)
         results[case] = model.state_dict(), numbers
     return results

@@ -6,7 +6,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,10 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+class StopForward(BaseException):
+    """Raised by a hook to end a forward pass early; see `CalibrationBatch.run_until_stopped`."""
+
+
 @dataclass(frozen=True, eq=False)
 class CalibrationBatch:
     """A batch and the function that runs it through a model.
@@ -128,6 +132,11 @@ class CalibrationBatch:
         batch = to_device(self.batch, device)
         with _seeded(self.seed, device), torch.autocast(device.type, enabled=False):
             return self.forward(model, batch)
+
+    def run_until_stopped(self, model: nn.Module) -> None:
+        """Run the batch until a hook raises `StopForward`, or to the end."""
+        with suppress(StopForward):
+            self(model)
 
     def part(self, rows: slice) -> CalibrationBatch:
         """The batch with some rows of all its tensors."""
@@ -155,7 +164,7 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def inputs_are_independent(model: nn.Module, replay: CalibrationBatch, rows: int) -> bool:
+def inputs_are_independent(model: nn.Module, batch: CalibrationBatch, rows: int) -> bool:
     """Whether the model processes the inputs of a batch independently, so that batches can be split and concatenated.
 
     Up to four inputs of the batch run once together, and half of them once on their own: every module with parameters
@@ -164,7 +173,7 @@ def inputs_are_independent(model: nn.Module, replay: CalibrationBatch, rows: int
 
     Args:
         model: the model.
-        replay: the batch.
+        batch: the batch.
         rows: the common first dimension of its tensors.
     """
     if rows < 2:
@@ -172,7 +181,7 @@ def inputs_are_independent(model: nn.Module, replay: CalibrationBatch, rows: int
     size = min(rows, 4)
     try:
         with evaluation_mode(model):
-            together, alone = (_module_inputs(model, replay.part(slice(count))) for count in (size, size // 2))
+            together, alone = (_module_inputs(model, batch.part(slice(count))) for count in (size, size // 2))
     except Exception:  # a model may raise anything on a batch that cannot be split
         return False
     dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}

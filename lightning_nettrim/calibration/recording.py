@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nettrim.calibration.batch import CalibrationBatch
+from lightning_nettrim.calibration.batch import CalibrationBatch, StopForward
 from lightning_nettrim.calibration.padding import PaddingMasks
 from lightning_nettrim.calibration.sampling import Reservoir
 from lightning_nettrim.calibration.tensor_tracer import Tracer
@@ -40,23 +40,19 @@ class Recording:
         return next(len(t) for t in (self.X, self.Z) if t is not None)
 
 
-class _StopForward(BaseException):
-    """Raised to end a forward pass after the last layer to record."""
-
-
 @contextmanager
 def call_hooks(
-    layers: Mapping[str, Layer], tell: Callable[[str, Layer, tuple[Any, ...], dict[str, Any], Any], None]
+    layers: Mapping[str, Layer], on_call: Callable[[str, Layer, tuple[Any, ...], dict[str, Any], Any], None]
 ) -> Iterator[None]:
     """A `with` in which a function is called after each call of a layer or of one of its aliases.
 
     Args:
         layers: ``{name: layer}``.
-        tell: called as ``tell(name, layer or alias, args, kwargs, output)``.
+        on_call: called as ``on_call(name, layer or alias, args, kwargs, output)``.
     """
 
     def hook(name: str, alias: Layer) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], None]:
-        return lambda module, args, kwargs, output: tell(name, alias, args, kwargs, output)
+        return lambda module, args, kwargs, output: on_call(name, alias, args, kwargs, output)
 
     with ExitStack() as stack:
         for name, layer in layers.items():
@@ -113,7 +109,7 @@ def record(
         reservoirs[name].keep(call.keys, [t for t in (call.X, call.Z, call.R) if t is not None])
         finished += 1
         if finished == expected:
-            raise _StopForward
+            raise StopForward
 
     def on_call(name: str, layer: Layer, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         observed = layer.observe(args, kwargs, output)
@@ -144,9 +140,7 @@ def record(
         for batch in batches:
             finished = 0
             try:
-                batch(model)
-            except _StopForward:
-                pass
+                batch.run_until_stopped(model)
             finally:
                 tracer.forget()
                 masks.forget()

@@ -46,10 +46,9 @@ def prune_network(
         outcomes, session = prune_layers(session, budgets, step)
         session.run.progress.activity = "measuring the pruned network"
         finish_batchnorms(session, budgets, outcomes)
-        distances, session = retried(session, lambda s: s.reference.distances(s.activations), with_fewer_rows)
-    result = _result(session, outcomes, distances)
-    if session.config.recover is not None:
-        result, session = recover_network(session, session.config.recover, result)
+        result, session = measure_errors(session, _result(session, outcomes))
+        if session.config.recover is not None:
+            result, session = recover_network(session, session.config.recover, result)
     return replace(result, seconds=time.perf_counter() - start), session
 
 
@@ -90,25 +89,30 @@ def reestimate_after(session: CalibrationSession, layer: str, budgets: Budgets) 
             masking.assign(session.model, values)
 
 
+def measure_errors(session: CalibrationSession, result: PruningResult) -> tuple[PruningResult, CalibrationSession]:
+    """The result with the end-to-end errors of the model as it is; it must be in evaluation mode."""
+    distances, session = retried(session, lambda s: s.reference.distances(s.activations), with_fewer_rows)
+    norms = {name: norm or 1.0 for name, norm in session.reference.norms.items()}
+    errors = {name: distances[name] / norms[name] for name in distances}
+    reports = tuple(replace(report, end_to_end_error=errors[report.name]) for report in result.reports)
+    return replace(
+        result,
+        reports=reports,
+        end_to_end_error=errors[session.last],
+        output_distance=distances[session.last],
+        output_norm=session.reference.norms[session.last],
+        notes=tuple(session.run.notes),
+    ), session
+
+
 def recover_network(
     session: CalibrationSession, recovery: Recovery, result: PruningResult
 ) -> tuple[PruningResult, CalibrationSession]:
-    """Recover a pruned model in place, and measure its end-to-end errors again."""
-    report = recovery.recover(session, result.masks)
-    if not report.steps:
-        return replace(result, recovery=replace(report, end_to_end_error_before=result.end_to_end_error)), session
-    with evaluation_mode(session.model):
-        distances, session = retried(session, lambda s: s.reference.distances(s.activations), with_fewer_rows)
-    norms = {name: norm or 1.0 for name, norm in session.reference.norms.items()}
-    reports = (replace(r, end_to_end_error=distances[r.name] / norms[r.name]) for r in result.reports)
-    return replace(
-        result,
-        reports=tuple(reports),
-        end_to_end_error=distances[session.last] / norms[session.last],
-        end_to_end_bound=None,
-        output_distance=distances[session.last],
-        recovery=replace(report, end_to_end_error_before=result.end_to_end_error),
-    ), session
+    """Recover a pruned model in place, and measure its errors again; there is no bound of them any more."""
+    report = replace(recovery.recover(session, result.masks), end_to_end_error_before=result.end_to_end_error)
+    if report.steps:
+        result, session = measure_errors(session, replace(result, end_to_end_bound=None))
+    return replace(result, recovery=report), session
 
 
 def _is_solved_with_layer(session: CalibrationSession, name: str, budgets: Budgets) -> bool:
@@ -127,26 +131,23 @@ def _is_chainable(session: CalibrationSession, name: str) -> bool:
     return layer.is_plain_matrix and context.batchnorm is None and not context.residual_sums and relu
 
 
-def _result(
-    session: CalibrationSession, outcomes: Mapping[str, LayerOutcome], distances: Mapping[str, float]
-) -> PruningResult:
-    """The result for a pruned model, except the time."""
-    norms = {name: norm or 1.0 for name, norm in session.reference.norms.items()}
+def _result(session: CalibrationSession, outcomes: Mapping[str, LayerOutcome]) -> PruningResult:
+    """The result for a pruned model, except errors and time."""
     parameters = dict(session.model.named_parameters())
     prunable = {name: parameters[name] for name in session.prunable_parameters}
     bound = _end_to_end_bound(session.plan.layers, outcomes)
+    unknown = float("nan")
     return PruningResult(
-        reports=tuple(replace(o.report, end_to_end_error=distances[n] / norms[n]) for n, o in outcomes.items()),
+        reports=tuple(outcome.report for outcome in outcomes.values()),
         skipped=session.plan.skipped,
         masks={name: parameter.detach() != 0 for name, parameter in prunable.items()},
         sparsity=masking.sparsity(prunable),
         model_sparsity=masking.sparsity(parameters),
-        end_to_end_error=distances[session.last] / norms[session.last],
-        end_to_end_bound=None if bound is None else bound / norms[session.last],
-        output_distance=distances[session.last],
-        output_norm=session.reference.norms[session.last],
-        seconds=0.0,
-        notes=tuple(session.run.notes),
+        end_to_end_error=unknown,
+        end_to_end_bound=None if bound is None else bound / (session.reference.norms[session.last] or 1.0),
+        output_distance=unknown,
+        output_norm=unknown,
+        seconds=unknown,
     )
 
 

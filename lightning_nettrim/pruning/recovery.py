@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
+from lightning_nettrim.calibration.batch import evaluation_mode
+from lightning_nettrim.calibration.network_output import NetworkOutput, find_output
+from lightning_nettrim.calibration.sampling import CalibrationSet
 from lightning_nettrim.layers import Layer, joined, masking
 from lightning_nettrim.pruning.results import RecoveryReport
 from lightning_nettrim.runtime.offload import StoredTensors
@@ -85,43 +85,34 @@ class Distillation(Recovery):
         """Tune the pruned model in place; it stays as it is if nothing improves."""
         start, model, progress = time.perf_counter(), session.model, session.run.progress
         progress.activity = "recovering the pruned network"
-        batches = _divided(session)
-        count = max(1, round(self.holdout * len(batches)))
-        training, held_out = batches[:-count], batches[-count:]
         parameters = tuned_parameters(model, session.plan.layers)
         pruned = masking.clone(model, list(parameters))
         with evaluation_mode(model), masking.restored_on_error(model, pruned):
-            output = find_output(model, batches[0])
-            name = ("kl" if output.softmax else "mse") if self.loss == "auto" else self.loss
-            distance = LOSSES[name]
-            targets = _dense_outputs(session, output.module, batches)
-
-            def evaluate() -> float:
-                return _mean_loss(session, output.module, held_out, targets[-count:], distance)
-
-            before = best = evaluate()
+            with session.processes.raise_together():
+                task = _make_task(session, self.loss)
+            training = len(task.targets) - max(1, round(self.holdout * len(task.targets)))
+            before = best = task.mean_loss(range(training, len(task.targets)))
             best_values, best_step = pruned, 0
             with _only_trainable(model, parameters):
                 optimizer = torch.optim.Adam(parameters.values(), lr=self.lr)
-                order = self._order(len(training))
-                for step, index in enumerate(order, 1):
+                schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.max_steps)
+                for step, index in enumerate(self._order(training), 1):
                     progress.report("recovering", step / self.max_steps)
-                    for group in optimizer.param_groups:
-                        group["lr"] = self.lr * 0.5 * (1 + math.cos(math.pi * (step - 1) / self.max_steps))
                     with torch.enable_grad():
-                        result = output_of(model, output.module, training[index])
-                        distance(result, _load(targets[index], result)).backward()
-                    for key, parameter in parameters.items():
-                        _finish_gradient(session, parameter, masks.get(key))
+                        task.loss(index).backward()
+                    for name, parameter in parameters.items():
+                        _finish_gradient(session, parameter, masks.get(name))
                     optimizer.step()
+                    schedule.step()
                     optimizer.zero_grad(set_to_none=True)
                     masking.apply(model, masks)
-                    if step % self.check_every == 0 or step == self.max_steps:
-                        now = evaluate()
-                        if now < best:
-                            best, best_step, best_values = now, step, masking.clone(model, list(parameters))
+                    if step % self.check_every and step != self.max_steps:
+                        continue
+                    now = task.mean_loss(range(training, len(task.targets)))
+                    if now < best:
+                        best, best_step, best_values = now, step, masking.clone(model, list(parameters))
             masking.assign(model, best_values)
-        return RecoveryReport(name, before, best, best_step, time.perf_counter() - start)
+        return RecoveryReport(task.name, before, best, best_step, time.perf_counter() - start)
 
     def _order(self, batches: int) -> list[int]:
         """Indices of the training batches for all steps, shuffled anew in each pass."""
@@ -146,79 +137,6 @@ def relative_squared_error(output: Tensor, target: Tensor) -> Tensor:
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": kl_divergence, "mse": relative_squared_error}
 """Losses by name."""
 
-SOFTMAX = {"_log_softmax", "_softmax", "log_softmax", "softmax", "cross_entropy_loss"}
-"""Operations by which an output is recognized as logits."""
-
-
-class Output(NamedTuple):
-    """The output of a network."""
-
-    module: nn.Module  # whose output it is: the one with parameters that is executed last
-    softmax: bool  # whether a softmax over its last dimension follows
-
-
-class _Reached(BaseException):
-    """Raised to end a forward pass once the output is there."""
-
-
-class _SoftmaxAfter(TorchDispatchMode):
-    """A `with` in which it is recorded whether a softmax is computed after the latest output of a module."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.module: nn.Module | None = None
-        self.size = 0
-        self.softmax = False
-
-    def output(self, module: nn.Module, result: object) -> None:
-        """Record the output of a module."""
-        if isinstance(result, Tensor) and result.dim() > 1:
-            self.module, self.size, self.softmax = module, result.shape[-1], False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation."""
-        name = func._schema.name.removeprefix("aten::")
-        if name in SOFTMAX and isinstance(args[0], Tensor) and args[0].shape[-1] == self.size:
-            self.softmax = True
-        return func(*args, **(kwargs or {}))
-
-
-def find_output(model: nn.Module, batch: CalibrationBatch) -> Output:
-    """The module with parameters that is executed last, and whether a softmax follows its output.
-
-    Raises:
-        ValueError: if no module with parameters returns a tensor.
-    """
-    last = _SoftmaxAfter()
-    with ExitStack() as stack:
-        for module in model.modules():
-            if any(True for _ in module.parameters(recurse=False)):
-                handle = module.register_forward_hook(lambda module, args, result: last.output(module, result))
-                stack.callback(handle.remove)
-        with last:
-            batch(model)
-    if last.module is None:
-        raise ValueError("recover: expected a module with parameters that returns a tensor, got none")
-    return Output(last.module, last.softmax)
-
-
-def output_of(model: nn.Module, module: nn.Module, batch: CalibrationBatch) -> Tensor:
-    """The output of a module in a forward pass, which ends there."""
-    found: list[Tensor] = []
-
-    def hook(module: nn.Module, args: object, result: Tensor) -> None:
-        found.append(result)
-        raise _Reached
-
-    handle = module.register_forward_hook(hook)
-    try:
-        batch(model)
-    except _Reached:
-        pass
-    finally:
-        handle.remove()
-    return found[0]
-
 
 def tuned_parameters(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, nn.Parameter]:
     """The parameters of the pruned layers, and scale and shift of all norms, by name."""
@@ -230,8 +148,29 @@ def tuned_parameters(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str,
     return {name: parameters[name] for name in names if name in parameters}
 
 
-def _divided(session: CalibrationSession) -> list[CalibrationBatch]:
-    """The batches of the calibration set, divided until there are enough to hold some out."""
+class _Task(NamedTuple):
+    """What a distillation minimizes: the distance of the output from the dense network's, batch by batch."""
+
+    session: CalibrationSession
+    calibration_set: CalibrationSet  # batches are loaded one at a time
+    output: NetworkOutput
+    name: str  # of the loss
+    targets: list[StoredTensors]  # outputs of the dense network
+
+    def loss(self, index: int) -> Tensor:
+        """The loss on one batch."""
+        output = self.output.of(self.session.model, self.calibration_set[index])
+        (target,) = self.targets[index].load()
+        return LOSSES[self.name](output, target.to(output.device))
+
+    def mean_loss(self, indices: Sequence[int]) -> float:
+        """The mean loss over batches and processes."""
+        losses = [float(self.loss(index)) for index in indices]
+        return self.session.processes.mean(sum(losses) / len(losses))
+
+
+def _make_task(session: CalibrationSession, loss: str) -> _Task:
+    """Divide the calibration set into enough batches, find the output and record that of the dense network."""
     calibration_set = session.activations.calibration_set
     while len(calibration_set) < MIN_BATCHES:
         smaller = calibration_set.with_smaller_batches()
@@ -240,19 +179,15 @@ def _divided(session: CalibrationSession) -> list[CalibrationBatch]:
         calibration_set = smaller
     if len(calibration_set) < 2:
         raise ValueError("recover: expected at least two calibration batches, got one that cannot be divided")
-    return list(calibration_set)
-
-
-def _dense_outputs(
-    session: CalibrationSession, module: nn.Module, batches: Sequence[CalibrationBatch]
-) -> list[StoredTensors]:
-    """The outputs of the dense network; the pruned weights are in the model again afterwards."""
+    output = find_output(session.model, calibration_set[0])
+    name = ("kl" if output.is_logits else "mse") if loss == "auto" else loss
     pruned = session.snapshot()
     session.restore()
     try:
-        return [session.run.store.put([output_of(session.model, module, batch).detach()]) for batch in batches]
+        targets = [session.run.store.put([output.of(session.model, batch).detach()]) for batch in calibration_set]
     finally:
         session.restore(pruned)
+    return _Task(session, calibration_set, output, name, targets)
 
 
 @contextmanager
@@ -279,23 +214,3 @@ def _finish_gradient(session: CalibrationSession, parameter: nn.Parameter, mask:
     parameter.grad = session.processes.sum(parameter.grad) / session.processes.count
     if mask is not None:
         parameter.grad.masked_fill_(~mask.to(parameter.device), 0)
-
-
-def _mean_loss(
-    session: CalibrationSession,
-    module: nn.Module,
-    batches: Sequence[CalibrationBatch],
-    targets: Sequence[StoredTensors],
-    distance: Callable[[Tensor, Tensor], Tensor],
-) -> float:
-    """The mean loss over batches and processes."""
-    losses = []
-    for batch, target in zip(batches, targets, strict=True):
-        output = output_of(session.model, module, batch)
-        losses.append(float(distance(output, _load(target, output))))
-    return session.processes.mean(sum(losses) / len(losses))
-
-
-def _load(stored: StoredTensors, like: Tensor) -> Tensor:
-    (target,) = stored.load()
-    return target.to(like.device)

@@ -72,6 +72,15 @@ def test_two_processes_prune_to_the_network_of_one(networks, case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("case", distributed_worker.RECOVERED)
+def test_two_processes_recover_to_one_network(networks, case):
+    (first, numbers), (second, others) = (of_process[case] for of_process in networks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert numbers == others
+    assert numbers["end_to_end_error"] < numbers["before recovery"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "first", "second"),
     [

@@ -7,13 +7,8 @@ from torch.nn import functional as F
 
 from lightning_nettrim import Distillation, Magnitude, trim
 from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
-from lightning_nettrim.pruning.recovery import (
-    find_output,
-    kl_divergence,
-    output_of,
-    relative_squared_error,
-    tuned_parameters,
-)
+from lightning_nettrim.calibration.network_output import find_output
+from lightning_nettrim.pruning.recovery import kl_divergence, relative_squared_error, tuned_parameters
 
 
 class Network(nn.Module):
@@ -116,10 +111,10 @@ def test_the_output_is_that_of_the_last_module_and_softmax_is_recognized():
     with evaluation_mode(model):
         output = find_output(model, batch)
         assert output.module is model.head
-        assert not output.softmax
-        torch.testing.assert_close(output_of(model, output.module, batch), model(batch.batch))
+        assert not output.is_logits
+        torch.testing.assert_close(output.of(model, batch), model(batch.batch))
         logits = CalibrationBatch(images(8, 0), lambda model, x: F.cross_entropy(model(x), torch.zeros(8).long()))
-        assert find_output(model, logits).softmax
+        assert find_output(model, logits).is_logits
 
 
 def test_auto_uses_the_divergence_where_a_softmax_follows():
