@@ -14,7 +14,8 @@ from lightning_nettrim.pruning.budget import Budget
 from lightning_nettrim.pruning.config import PruningConfig
 from lightning_nettrim.pruning.recovery import Distillation, Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, SkippedLayer, Trial
-from lightning_nettrim.pruning.session import CalibrationSession, CalibrationSource
+from lightning_nettrim.pruning.session import CalibrationSession
+from lightning_nettrim.pruning.session_setup import CalibrationSource
 from lightning_nettrim.solvers import (
     ADMM,
     Cardinality,

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nettrim import Allocation, Layer, LayerCall, LayerProblem, Pattern, Solution, Solver, register_layer
+from lightning_nettrim import Allocation, Layer, LayerProblem, Pattern, Solution, Solver, register_layer
 from lightning_nettrim.cli import Command
 from lightning_nettrim.core.prox import project_pattern
 
@@ -56,9 +56,7 @@ class ScaledLayer(Layer):
 
     def observe(self, args, kwargs, output):
         (x,) = args
-        shape = tuple(output.shape[:-1])
-        rows = math.prod(shape)
-        return LayerCall(rows, lambda i: self.take_rows(x, i), lambda i: self.take_rows(output, i), output, shape)
+        return self.token_call(x, output)
 
     def to_matrix(self, weight):
         return weight.unsqueeze(0) / math.sqrt(self.inputs)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,25 +17,22 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_nettrim.callbacks import checkpoints, run_folder
-from lightning_nettrim.callbacks.calibration_data import calibration_batches
 from lightning_nettrim.callbacks.lightning_package import fitting, is_a
 from lightning_nettrim.callbacks.monitoring import check_monitor, monitored_value
 from lightning_nettrim.callbacks.progress_bar import shown_progress
 from lightning_nettrim.callbacks.pruned_masks import PrunedMasks
 from lightning_nettrim.callbacks.publishing import publish, publish_histograms, show_plan, warn_of_dense
-from lightning_nettrim.callbacks.steps import STEPS, LoadedBatch, StepForward, choose_step
+from lightning_nettrim.callbacks.steps import LoadedBatch
+from lightning_nettrim.callbacks.trainer_pruning import TrainerPruning
 from lightning_nettrim.callbacks.validation import averages, restart_validation, run_validation
 from lightning_nettrim.core.pattern import Pattern
-from lightning_nettrim.layers import Layer, check_model, masking
+from lightning_nettrim.layers import masking
 from lightning_nettrim.pruning.allocation.base import Allocation
-from lightning_nettrim.pruning.api import check_pruning, prune_model
 from lightning_nettrim.pruning.budget import Options
 from lightning_nettrim.pruning.config import PruningConfig
-from lightning_nettrim.pruning.plan_file import select_layers
 from lightning_nettrim.pruning.recovery import Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, Trial
-from lightning_nettrim.pruning.session import CalibrationSource
-from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
+from lightning_nettrim.runtime.distributed import ProcessGroup
 from lightning_nettrim.runtime.resume import ResumeStore
 from lightning_nettrim.solvers import Solver
 
@@ -173,7 +169,6 @@ class NetTrim(Callback):
             )
         self.monitor = monitor
         self.calibration = calibration
-        self.calibration_step = calibration_step
         self.checkpoint = checkpoint
         self.compare = compare
         self.save = save
@@ -184,6 +179,7 @@ class NetTrim(Callback):
         self.metrics: dict[str, dict[str, float]] = {}
         self.folder: Path | None = None  # where the files of the last pruning are
         self._pruned = PrunedMasks(self.config)
+        self._trainer_pruning = TrainerPruning(self.config, calibration, calibration_step)
         self._finished = False  # this object has pruned a network at the end of a fit
         self._handles: list[RemovableHandle] = []
         self._reset()
@@ -193,7 +189,7 @@ class NetTrim(Callback):
         self._enforcing = False  # zeros are enforced in this fit
         self._pruning = False  # this fit ends with pruning
         self._checked = False  # `check_pruning` was called on the first batch
-        self._step: StepForward | None = None  # that calibration batches run through, once it is known
+        self._trainer_pruning.reset()
         self._ended = False  # training has ended
         self._awaiting_metrics = False  # of the pruned network, from the user's own validation
         self._failure: Exception | None = None  # of pruning, to be raised at the end
@@ -238,7 +234,7 @@ class NetTrim(Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Check the network and the data before training."""
-        self._find_layers(pl_module)
+        self._trainer_pruning.find_layers(pl_module)
         if self.calibration == "val" and not trainer.enable_validation:
             raise MisconfigurationException("NetTrim: calibration='val': expected validation data, got none")
         if self.monitor is not None and not trainer.enable_validation:
@@ -271,7 +267,7 @@ class NetTrim(Callback):
         """Check on the first batch that calibration and a solve work."""
         if self._pruning and not self._checked:
             self._checked = True
-            self._check_pruning(trainer, pl_module, LoadedBatch(batch))
+            self._trainer_pruning.check(trainer, pl_module, LoadedBatch(batch))
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
         """Restore zeros that something else than an optimizer has changed."""
@@ -310,7 +306,7 @@ class NetTrim(Callback):
             return
         if trainer.ckpt_path is not None and self._warn_of_dense(trainer, pl_module):
             return
-        self._find_layers(pl_module)
+        self._trainer_pruning.find_layers(pl_module)
         masks = self._pruned.find(pl_module)
         if masks and not self._pruned.needs_pruning(masks):
             self._pruned.masks = masks
@@ -321,7 +317,7 @@ class NetTrim(Callback):
             return
         self.folder = run_folder.claim(trainer) if self.save else None
         if self.dry_run:
-            show_plan(trainer, self._prune_model(trainer, pl_module, dry_run=True).plan, self.folder)
+            show_plan(trainer, self._trainer_pruning.prune(trainer, pl_module, dry_run=True).plan, self.folder)
         else:
             self._prune(trainer, pl_module)
             self._awaiting_metrics = True
@@ -361,50 +357,6 @@ class NetTrim(Callback):
         while self._handles:
             self._handles.pop().remove()
 
-    def _find_layers(self, pl_module: pl.LightningModule) -> dict[str, Layer]:
-        """The layers to prune.
-
-        Raises:
-            MisconfigurationException: for a network that cannot be pruned and for keys that match nothing in it.
-        """
-        try:
-            check_model(pl_module)
-            layers, _, _ = select_layers(self.config, pl_module).find(pl_module)
-        except ValueError as error:
-            raise MisconfigurationException(f"NetTrim: {error}") from error
-        step = self.calibration_step
-        if step is not None and not callable(getattr(pl_module, step, None)):
-            raise MisconfigurationException(
-                f"NetTrim: calibration_step: expected a method of {type(pl_module).__name__}, such as"
-                f" {', '.join(STEPS[1:])}, got {step!r}"
-            )
-        return layers
-
-    def _check_pruning(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loaded: LoadedBatch) -> None:
-        """Record a batch and solve one layer, as after training; the random state does not change."""
-        with isolate_rng():
-            if self.calibration == "val":
-                loaded = next(calibration_batches(trainer, pl_module, "val", 1))
-            forward = self._choose_forward(trainer, pl_module, loaded)
-            try:
-                check_pruning(pl_module, CalibrationSource([loaded], forward, _distributed(trainer)), self.config)
-            except ValueError as error:
-                raise MisconfigurationException(f"NetTrim: pruning would fail after this fit: {error}") from error
-
-    def _choose_forward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loaded: LoadedBatch) -> StepForward:
-        """How calibration batches run through the module, chosen on one of them."""
-        if self._step is None:
-            layers = self._find_layers(pl_module)
-            processes = TorchProcessGroup.of(pl_module) if _distributed(trainer) else SINGLE_PROCESS
-            try:
-                with processes.raise_together():
-                    step = choose_step(trainer, pl_module, layers, loaded, self.calibration_step)
-                processes.check_agreement({"calibration_step": step.step})
-            except ValueError as error:
-                raise MisconfigurationException(f"NetTrim: {error}") from error
-            self._step = step
-        return self._step
-
     @contextmanager
     def _postponed_failure(self, trainer: pl.Trainer) -> Iterator[None]:
         """A `with` after which an error is kept until the fit has ended, and the dense network is saved.
@@ -442,11 +394,11 @@ class NetTrim(Callback):
             rank_zero_info(f"NetTrim: pruning the best weights, of {checkpoints.load_best(trainer, pl_module)}")
         if self.dry_run:
             self.folder = run_folder.claim(trainer) if self.save else None
-            show_plan(trainer, self._prune_model(trainer, pl_module, dry_run=True).plan, self.folder)
+            show_plan(trainer, self._trainer_pruning.prune(trainer, pl_module, dry_run=True).plan, self.folder)
             return
         if self.save:
             self._save_dense(trainer)
-        self._find_layers(pl_module)
+        self._trainer_pruning.find_layers(pl_module)
         self._prune(trainer, pl_module)
         if self.compare:
             self.metrics["pruned"] = run_validation(trainer, "pruned").logged
@@ -470,7 +422,7 @@ class NetTrim(Callback):
         if self.compare:
             self.metrics["dense"] = run_validation(trainer, "dense").logged
         if (monitor := self.monitor) is not None:
-            weights = [layer.parameter_names()[0] for layer in self._find_layers(pl_module).values()]
+            weights = [layer.parameter_names()[0] for layer in self._trainer_pruning.find_layers(pl_module).values()]
             check_monitor(trainer, pl_module, monitor, weights)
         before = {name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()}
         with shown_progress(trainer) as bar:
@@ -479,7 +431,7 @@ class NetTrim(Callback):
                 bar.clear()
                 trainer.print(f"NetTrim: {row.line()}")
 
-            result = self._prune_model(
+            result = self._trainer_pruning.prune(
                 trainer,
                 pl_module,
                 metric=None if monitor is None else lambda: monitored_value(run_validation(trainer), monitor),
@@ -505,27 +457,13 @@ class NetTrim(Callback):
 
         return make
 
-    def _prune_model(self, trainer: pl.Trainer, pl_module: pl.LightningModule, **more: Any) -> PruningResult:
-        """`prune_model` by the callback's options, on its calibration batches, with all processes of the Trainer."""
-        batches = calibration_batches(trainer, pl_module, self.calibration, self.config.num_samples)
-        first = next(batches, None)
-        if first is None:
-            raise MisconfigurationException("NetTrim: expected batches to calibrate on, got none: the loader is empty")
-        forward = self._choose_forward(trainer, pl_module, first)
-        source = CalibrationSource(chain([first], batches), forward, _distributed(trainer))
-        return prune_model(pl_module, source, self.config, **more)
-
     def _publish(self, trainer: pl.Trainer) -> None:
         """Scalars and tables to the loggers, the table to the console, the checkpoint and the report to files."""
         assert self.result is not None
         arguments = {
             "monitor": self.monitor,
             "calibration": self.calibration,
-            "calibration_step": None if self._step is None else self._step.step,
+            "calibration_step": self._trainer_pruning.step_name,
             "checkpoint": self.checkpoint,
         }
         publish(trainer, self.result, self.metrics, self.config, arguments, self.folder if self.save else None)
-
-
-def _distributed(trainer: pl.Trainer) -> bool:
-    return is_a(trainer.strategy, "DDPStrategy")

@@ -19,7 +19,8 @@ from lightning_nettrim.callbacks.lightning_package import is_a
 from lightning_nettrim.callbacks.run_folder import release
 from lightning_nettrim.callbacks.validation import sibling
 from lightning_nettrim.pruning.config import PruningConfig
-from lightning_nettrim.pruning.results import PruningResult, comparison, to_json
+from lightning_nettrim.pruning.report_json import to_json
+from lightning_nettrim.pruning.results import PruningResult, comparison
 from lightning_nettrim.runtime.files import write_atomically
 from lightning_nettrim.runtime.resume import remove_entries
 

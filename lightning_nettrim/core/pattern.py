@@ -111,14 +111,8 @@ class Pattern(ABC):
         return self.name
 
 
-@dataclass(frozen=True)
-class Unstructured(Pattern):
-    """Single weights, ranked in the whole layer; ``"unstructured"``."""
-
-    @property
-    def name(self) -> str:
-        """``unstructured``."""
-        return "unstructured"
+class _SingleWeights(Pattern):
+    """Blocks of one weight whose inputs are independent, so that the bias is one more input."""
 
     @property
     def allows_bias(self) -> bool:
@@ -129,12 +123,22 @@ class Unstructured(Pattern):
         """One weight."""
         return 1, 1
 
-    def num_sets(self, N: int, M: int) -> int:
-        """One: the layer."""
-        return 1
-
     def span(self, N: int) -> int:
         """Inputs are independent."""
+        return 1
+
+
+@dataclass(frozen=True)
+class Unstructured(_SingleWeights):
+    """Single weights, ranked in the whole layer; ``"unstructured"``."""
+
+    @property
+    def name(self) -> str:
+        """``unstructured``."""
+        return "unstructured"
+
+    def num_sets(self, N: int, M: int) -> int:
+        """One: the layer."""
         return 1
 
     def to_blocks(self, W: Tensor) -> Tensor:
@@ -148,7 +152,7 @@ class Unstructured(Pattern):
 
 
 @dataclass(frozen=True)
-class PerNeuron(Pattern):
+class PerNeuron(_SingleWeights):
     """Single weights, the same number in each output; ``"per_neuron"``."""
 
     @property
@@ -156,22 +160,9 @@ class PerNeuron(Pattern):
         """``per_neuron``."""
         return "per_neuron"
 
-    @property
-    def allows_bias(self) -> bool:
-        """The bias is one more weight."""
-        return True
-
-    def block(self, N: int, M: int) -> tuple[int, int]:
-        """One weight."""
-        return 1, 1
-
     def num_sets(self, N: int, M: int) -> int:
         """One for each output."""
         return M
-
-    def span(self, N: int) -> int:
-        """Inputs are independent."""
-        return 1
 
 
 @dataclass(frozen=True)

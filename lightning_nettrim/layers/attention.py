@@ -44,11 +44,6 @@ class InProjection(Layer):
         assert isinstance(module, nn.MultiheadAttention)
         return [module.out_proj]
 
-    @property
-    def inputs(self) -> int:
-        """N, the embedding dimension."""
-        return self.parameter.shape[1]
-
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
         """The rows of the query; the outputs are computed from them, for the selected positions only.
 
@@ -83,11 +78,6 @@ class OutProjection(Layer):
     """
 
     module: nn.MultiheadAttention
-
-    @property
-    def inputs(self) -> int:
-        """N, the embedding dimension."""
-        return self.parameter.shape[1]
 
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
         """The rows of the concatenated heads and of the output.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -87,9 +88,9 @@ class Layer(ABC):
         return 1
 
     @property
-    @abstractmethod
     def inputs(self) -> int:
-        """N, the number of inputs of each matrix."""
+        """N, the number of inputs of each matrix; by default the number of values of the weight per output."""
+        return self.parameter[0].numel()
 
     @property
     def outputs(self) -> int:
@@ -127,6 +128,13 @@ class Layer(ABC):
         Raises:
             ValueError: if the layer cannot be pruned when it is called in this way, with the reason.
         """
+
+    def token_call(self, x: Tensor, output: Tensor) -> LayerCall:
+        """A call in which each index of the leading dimensions of input and output is a row."""
+        shape = tuple(output.shape[:-1])
+        return LayerCall(
+            math.prod(shape), lambda i: self.take_rows(x, i), lambda i: self.take_rows(output, i), output, shape
+        )
 
     def channels_second(self, output: Tensor) -> bool:
         """Whether the second dimension of the output tensor is the one of size groups·M."""

@@ -25,11 +25,6 @@ class Conv(Layer):
         """Number of groups of channels."""
         return self.module.groups
 
-    @property
-    def inputs(self) -> int:
-        """N, the number of input channels of a group times the size of the kernel."""
-        return self.parameter[0].numel()
-
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
         """The patches of the input and the channels of the output, one row for each output position of each sample.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -15,11 +14,6 @@ class Linear(Layer):
 
     is_plain_matrix: ClassVar[bool] = True
 
-    @property
-    def inputs(self) -> int:
-        """N, the number of inputs."""
-        return self.parameter.shape[1]
-
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> LayerCall:
         """The rows of the input and of the output.
 
@@ -28,11 +22,7 @@ class Linear(Layer):
             kwargs: keyword arguments of the call.
             output: output of the call.
         """
-        x = args[0] if args else kwargs["input"]
-        shape = tuple(output.shape[:-1])
-        return LayerCall(
-            math.prod(shape), lambda i: self.take_rows(x, i), lambda i: self.take_rows(output, i), output, shape
-        )
+        return self.token_call(args[0] if args else kwargs["input"], output)
 
 
 class TransposedLinear(Linear):

@@ -77,8 +77,8 @@ def apply(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
 
 def satisfied(model: nn.Module, masks: Mapping[str, Tensor]) -> bool:
-    """Whether the model has a parameter for each mask, of the same shape, that is zero where the mask is False."""
-    parameters = dict(model.named_parameters())
+    """Whether the model has a tensor for each mask, of the same shape, that is zero where the mask is False."""
+    parameters = _parameters_and_buffers(model)
     return all(
         name in parameters
         and parameters[name].shape == mask.shape

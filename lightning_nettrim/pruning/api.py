@@ -24,7 +24,7 @@ from lightning_nettrim.pruning.pruner import prune_network
 from lightning_nettrim.pruning.recovery import Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, Trial
 from lightning_nettrim.pruning.search import prune_within_drop
-from lightning_nettrim.pruning.session import CalibrationSource, calibrate
+from lightning_nettrim.pruning.session_setup import CalibrationSource, calibrate
 from lightning_nettrim.runtime.distributed import ProcessGroup
 from lightning_nettrim.runtime.memory import GIB
 from lightning_nettrim.runtime.progress import Progress

@@ -88,7 +88,8 @@ def make_plan(
     options = match_options(selection.per_layer, layers)
     with processes.raise_together(), evaluation_mode(model):
         trace = trace_forward(model, layers, batches)
-    processes.check_agreement(trace.described())
+    advice = "the forward pass depends on its activations; ignore this layer, or shuffle the batches"
+    processes.check_agreement(trace.described(), advice)
     skipped |= trace.unusable
     unreached = [name for name in layers if name not in trace.contexts and name not in trace.unusable]
     skipped |= dict.fromkeys(unreached, "never called in the forward pass")

@@ -3,61 +3,31 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from torch import Tensor, nn
 
 from lightning_nettrim.calibration.activations import Activations
-from lightning_nettrim.calibration.batch import Forward, call, evaluation_mode
-from lightning_nettrim.calibration.memory_model import MIN_ROWS, max_rows_within, resident_bytes
-from lightning_nettrim.calibration.nested import flatten
+from lightning_nettrim.calibration.batch import evaluation_mode
+from lightning_nettrim.calibration.memory_model import MIN_ROWS
 from lightning_nettrim.calibration.reference import ReferenceOutputs
-from lightning_nettrim.calibration.sampling import CalibrationSet, sample_inputs
-from lightning_nettrim.layers import joined, masking
+from lightning_nettrim.layers import masking
 from lightning_nettrim.layers.folding import FoldedLayer
 from lightning_nettrim.pruning.budget import Budget
 from lightning_nettrim.pruning.config import PruningConfig
-from lightning_nettrim.pruning.plan import Plan, coverage_warning, make_plan
-from lightning_nettrim.pruning.plan_file import select_layers
+from lightning_nettrim.pruning.plan import Plan
 from lightning_nettrim.pruning.solver_states import SolverStates
-from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
-from lightning_nettrim.runtime.fingerprint import fingerprint
-from lightning_nettrim.runtime.memory import DEFAULT_FRACTION, GIB, MemoryMeter, available_memory, retry_with_less
-from lightning_nettrim.runtime.offload import TensorStore
-from lightning_nettrim.runtime.progress import Progress
-from lightning_nettrim.runtime.resume import ResumeStore
+from lightning_nettrim.runtime.distributed import ProcessGroup
+from lightning_nettrim.runtime.memory import retry_with_less
 from lightning_nettrim.runtime.run_context import RunContext
 from lightning_nettrim.solvers import Solver
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-MEMORY_VARIATION = 1.1
-"""Factor by which the available memory differs between two equal runs."""
-
-COMPUTED_BY = ("scheme", "solver", "seed", "penalize_bias", "importance", "recalibrate_batchnorm", "on_failure")
-"""Options, beside the budgets, that change the solution of a layer."""
-
-
-@dataclass(frozen=True, eq=False)
-class CalibrationSource:
-    """Where calibration inputs come from.
-
-    Attributes:
-        batches: iterated once.
-        forward: runs a batch through a model.
-        distributed: whether each process of torch's default group has batches of its own.
-    """
-
-    batches: Iterable[Any]
-    forward: Forward = call
-    distributed: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,96 +137,6 @@ class CalibrationSession:
             raise
 
 
-def calibrate(
-    model: nn.Module,
-    source: CalibrationSource,
-    config: PruningConfig,
-    resume: Callable[[ProcessGroup], ResumeStore] | None = None,
-    progress: Progress | None = None,
-) -> CalibrationSession:
-    """Sample the inputs, trace the model, and record the responses of its layers.
-
-    Args:
-        model: the trained model.
-        source: of calibration inputs.
-        config: the options.
-        resume: makes the store of finished layers for a group of processes.
-        progress: what is being done.
-
-    Raises:
-        ValueError: for models and batches that cannot be used.
-        RuntimeError: if another process has failed, has ended or has other weights.
-    """
-    device = next(model.parameters()).device
-    limit = available_memory(device) * DEFAULT_FRACTION if config.max_memory is None else config.max_memory * GIB
-    meter = MemoryMeter(device)
-    kept_in_budget = config.offload == "device" or device.type == "cpu"
-    store = TensorStore(config.offload, limit / 4 if kept_in_budget else math.inf)
-    processes = TorchProcessGroup.of(model) if source.distributed else SINGLE_PROCESS
-    processes.check_identical(dict(model.named_parameters()))
-    processes.broadcast(model.buffers())
-    with processes.raise_together():
-        calibration_set = sample_inputs(model, source.batches, config.num_samples, config.seed, store, source.forward)
-    meter.read_peak()  # the sampling's temporaries are freed by now
-    plan = make_plan(model, calibration_set, select_layers(config, model), processes)
-    unused = store.capacity - store.size if kept_in_budget else 0.0
-    rows = {name: min(count, config.rows_limit) for name, count in plan.rows.items()}
-    resident = resident_bytes(plan.layers, rows, unused, config.scheme == "parallel")
-    available = min(processes.gather(limit - meter.read_peak() - resident))
-    run = RunContext(
-        processes, store, available, meter, resume and resume(processes), progress or Progress()
-    )  # fmt: skip
-    session = start_session(model, config, plan, calibration_set, run)
-    if warning := coverage_warning(plan):
-        run.note(warning)
-    return session
-
-
-def start_session(
-    model: nn.Module, config: PruningConfig, plan: Plan, calibration_set: CalibrationSet, run: RunContext
-) -> CalibrationSession:
-    """The session of a plan: record the responses of all layers, in as many rows as the memory allows."""
-    folded_layers = {
-        name: FoldedLayer.create(layer, plan.contexts[name], model, config.penalize_bias)
-        for name, layer in plan.layers.items()
-    }
-    cause = "" if run.resume is None else _cause(model, config, plan, calibration_set, run.processes)
-    rows = _rows(config, plan, run, cause)
-    batchnorms = [name for name, layer in plan.batchnorms.items() if layer is not None]
-    batchnorms = batchnorms if config.recalibrate_batchnorm else []
-    changed = {key for folded in folded_layers.values() for key in folded.written_names}
-    changed |= {key for name in batchnorms for key in _batchnorm_state(model, name)}
-    activations = Activations(
-        model, plan.layers, plan.contexts, folded_layers, calibration_set, rows, config.seed, run.processes
-    )  # fmt: skip
-    session = CalibrationSession(
-        model, config, plan, activations,
-        reference=ReferenceOutputs(run.store, run.available),
-        dense=masking.clone(model, sorted(changed)),
-        batchnorms=tuple(batchnorms),
-        importance={},
-        solver_states=SolverStates(run.store),
-        run=run,
-    )  # fmt: skip
-    run.progress.activity = "recording the responses of the trained network"
-    with evaluation_mode(model):
-        if config.importance == "outgoing":
-            weights = session.weights()
-            importance, session = retried(
-                session, lambda s: s.activations.outgoing_importance(weights), with_smaller_batches
-            )
-            session = replace(session, importance=importance)
-        _, session = retried(session, lambda s: s.reference.record(s.activations), with_smaller_batches)
-    if run.resume is not None:
-        recorded = run.processes.gather(session.reference.fingerprint())
-        session = replace(session, fingerprint=fingerprint(fingerprint(cause, rows), recorded))
-    for name, count in rows.items():
-        asked = min(config.rows_limit, plan.rows[name])
-        if session.reference.rows.get(name) == count < asked:
-            run.note(f"{name}: {count} of {asked} rows fit into max_memory")
-    return session
-
-
 def subset(session: CalibrationSession, inputs: int, solver: Solver) -> CalibrationSession:
     """A session of the same trained model on about so many of its inputs, with another solver and without resuming."""
     session.restore()
@@ -311,38 +191,3 @@ def with_fewer_rows(session: CalibrationSession, *names: str) -> CalibrationSess
     _, reduced = retried(reduced, lambda s: s.reference.record(s.activations), with_smaller_batches)
     reduced.restore(now)
     return reduced
-
-
-def _cause(
-    model: nn.Module, config: PruningConfig, plan: Plan, calibration_set: CalibrationSet, processes: ProcessGroup
-) -> str:
-    """Fingerprint of everything the solutions depend on, except the budgets and the number of rows."""
-    options = {name: repr(getattr(config, name)) for name in COMPUTED_BY} | {"max_rows": config.rows_limit}
-    contexts = {name: str(context) for name, context in plan.contexts.items()}
-    inputs = (fingerprint(flatten(batch.batch)[0]) for batch in calibration_set)
-    own = fingerprint(version("lightning_nettrim"), dict(model.state_dict()), options, contexts, *inputs)
-    return fingerprint(processes.gather(own))
-
-
-def _rows(config: PruningConfig, plan: Plan, run: RunContext, cause: str) -> dict[str, int]:
-    """Rows of each layer that fit into memory; where this is close, as many as an interrupted run has found to fit."""
-
-    def fitting(available: float) -> dict[str, int]:
-        most = {name: min(config.rows_limit, count) for name, count in plan.rows.items()}
-        return {name: max_rows_within(layer, most[name], available) for name, layer in plan.layers.items()}
-
-    rows, fewest, most = (fitting(factor * run.available) for factor in (1, 1 / MEMORY_VARIATION, MEMORY_VARIATION))
-    if run.resume is None or fewest == most:
-        return rows
-    entry = run.resume.read("rows", cause)
-    if entry is not None and all(fewest[name] <= count <= most[name] for name, count in entry[1].items()):
-        return dict(entry[1])
-    run.resume.write("rows", cause, {}, rows)
-    return rows
-
-
-def _batchnorm_state(model: nn.Module, batchnorm: str) -> list[str]:
-    """Names of the parameters and running statistics of a BatchNorm."""
-    module = model.get_submodule(batchnorm)
-    buffers = [key for key, _ in module.named_buffers() if key != "num_batches_tracked"]
-    return [joined(batchnorm, key) for key in [*(key for key, _ in module.named_parameters()), *buffers]]

@@ -38,27 +38,29 @@ def with_resume(step: Step, label: str = "") -> Step:
         step: to wrap.
         label: prefix of the names of stored outcomes.
     """
-    cause = ""
+    key = ""
 
     def resumed(
         session: CalibrationSession, name: str, budget: Budget, previous: str | None, chained: bool
     ) -> tuple[LayerOutcome, CalibrationSession]:
-        nonlocal cause
+        nonlocal key
         resume = session.run.resume
         if resume is None:
             return step(session, name, budget, previous, chained)
-        cause = fingerprint(cause or session.fingerprint, repr(budget), previous)
-        entry = resume.read(label + name, cause)
+        key = fingerprint(key or session.fingerprint, repr(budget), previous)
+        entry = resume.read(label + name, key)
         if entry is not None:
-            values, facts = entry
+            values, metadata = entry
             device = next(session.model.parameters()).device
-            report = LayerReport(**{**facts.pop("report"), "shape": tuple(session.plan.layers[name].parameter.shape)})
-            outcome = LayerOutcome({key: value.to(device) for key, value in values.items()}, report, **facts)
+            report = LayerReport(
+                **{**metadata.pop("report"), "shape": tuple(session.plan.layers[name].parameter.shape)}
+            )
+            outcome = LayerOutcome({name: value.to(device) for name, value in values.items()}, report, **metadata)
         else:
             outcome, session = step(session, name, budget, previous, chained)
-            facts = {"trained_distance": outcome.trained_distance, "chained": outcome.chained}
-            resume.write(label + name, cause, outcome.values, {"report": asdict(outcome.report), **facts})
-        cause = fingerprint(cause, outcome.values)
+            metadata = {"trained_distance": outcome.trained_distance, "chained": outcome.chained}
+            resume.write(label + name, key, outcome.values, {"report": asdict(outcome.report), **metadata})
+        key = fingerprint(key, outcome.values)
         return outcome, session
 
     return resumed

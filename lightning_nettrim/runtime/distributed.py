@@ -94,11 +94,12 @@ class ProcessGroup:
                 raise DistributedOutOfMemory(text) from failure
             raise RuntimeError(text) if failure is None else failure
 
-    def check_agreement(self, seen: Mapping[str, str]) -> None:
+    def check_agreement(self, seen: Mapping[str, str], advice: str) -> None:
         """Check that all processes have the same entries in the same order.
 
         Args:
             seen: ``{name: description}`` of what this process has encountered, such as layers and how they are used.
+            advice: what to do, for the message.
 
         Raises:
             ValueError: naming the first entry that differs between two processes.
@@ -113,8 +114,7 @@ class ProcessGroup:
             found = [entries.get(name, "not used") for entries in (first, other)] if differing else ["earlier", "later"]
             raise ValueError(
                 f"{name}: expected the same use in all {self.count} processes, got {found[0]!r} in process 0 and"
-                f" {found[1]!r} in process {rank}: the forward pass depends on its activations; ignore this layer, or"
-                " shuffle the batches"
+                f" {found[1]!r} in process {rank}: {advice}"
             )
 
     def check_identical(self, values: Mapping[str, Tensor]) -> None:

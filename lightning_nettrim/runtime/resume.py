@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 class ResumeStore:
     """Entries of tensors and JSON values, each in a safetensors file that is written atomically; nothing is unpickled.
 
-    An entry has a name, which determines its file name, and a cause: the fingerprint of everything it was computed
-    from. An entry is only read if its cause is the same and its contents match their checksum. If a file cannot be
+    An entry has a name, which determines its file name, and a key: the fingerprint of everything it was computed
+    from. An entry is only read if its key is the same and its contents match their checksum. If a file cannot be
     written, the run continues without it. Process 0 writes; an entry is read by all processes or by none.
 
     Args:
@@ -40,37 +40,37 @@ class ResumeStore:
     def __init__(self, folder: Path, others: Sequence[Path] = (), processes: ProcessGroup = SINGLE_PROCESS) -> None:
         self.folder, self._others = folder, [other for other in others if other != folder]
         self.used = 0
-        self._own: set[tuple[str, str]] = set()  # names and causes of the entries of this run
+        self._own: set[tuple[str, str]] = set()  # names and keys of the entries of this run
         self.reused: list[Path] = []
         self._processes, self._writable = processes, processes.rank == 0
 
-    def read(self, name: str, cause: str) -> tuple[dict[str, Tensor], Any] | None:
+    def read(self, name: str, key: str) -> tuple[dict[str, Tensor], Any] | None:
         """Read an entry.
 
         Args:
             name: name of the entry.
-            cause: fingerprint of everything it is computed from.
+            key: fingerprint of everything it is computed from.
 
         Returns:
-            Its tensors and JSON values; ``None`` if there is no entry with this name and cause.
+            Its tensors and JSON values; ``None`` if there is no entry with this name and key.
         """
-        entry = self._find(name, cause)
+        entry = self._find(name, key)
         if not self._processes.all(entry is not None):
             return None
         assert entry is not None
-        tensors, facts, path = entry
+        tensors, metadata, path = entry
         if path.parent != self.folder:
             self.reused.append(path)
-        self.used += (name, cause) not in self._own
-        return tensors, facts
+        self.used += (name, key) not in self._own
+        return tensors, metadata
 
-    def _find(self, name: str, cause: str) -> tuple[dict[str, Tensor], Any, Path] | None:
+    def _find(self, name: str, key: str) -> tuple[dict[str, Tensor], Any, Path] | None:
         for folder in (self.folder, *self._others):
             path = folder / _file_name(name)
             if not path.exists():
                 continue
             try:
-                entry = _read(path, cause)
+                entry = _read(path, key)
             except Exception as error:  # a damaged file can raise any exception
                 log.warning("NetTrim: %s cannot be read (%s): it is computed again", path, error)
                 continue
@@ -83,21 +83,21 @@ class ResumeStore:
                 )
         return None
 
-    def write(self, name: str, cause: str, tensors: Mapping[str, Tensor], facts: Any) -> None:
+    def write(self, name: str, key: str, tensors: Mapping[str, Tensor], metadata: Any) -> None:
         """Write an entry; it replaces one of the same name.
 
         Args:
             name: name of the entry.
-            cause: fingerprint of everything it was computed from.
+            key: fingerprint of everything it was computed from.
             tensors: tensors of the entry by name.
-            facts: values that can be written as JSON.
+            metadata: values that can be written as JSON.
         """
-        self._own.add((name, cause))
+        self._own.add((name, key))
         if not self._writable:
             return
         path = self.folder / _file_name(name)
         try:
-            _write(path, cause, tensors, facts)
+            _write(path, key, tensors, metadata)
         except OSError as error:
             self._writable = False
             log.warning(
@@ -126,18 +126,18 @@ def _file_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "._-@" else "_" for c in name or "model") + ".safetensors"
 
 
-def _read(path: Path, cause: str) -> tuple[dict[str, Tensor], Any] | None:
+def _read(path: Path, key: str) -> tuple[dict[str, Tensor], Any] | None:
     with safe_open(path, "pt") as file:
         header = file.metadata() or {}
-        if header.get("cause") != cause:
+        if header.get("key") != key:
             return None
-        tensors = {key: file.get_tensor(key).clone() for key in file.keys()}  # noqa: SIM118
-    if header["contents"] != fingerprint(tensors, header["facts"]):
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    if header["contents"] != fingerprint(tensors, header["metadata"]):
         raise ValueError("its contents do not match their checksum")
-    return tensors, json.loads(header["facts"])
+    return tensors, json.loads(header["metadata"])
 
 
-def _write(path: Path, cause: str, tensors: Mapping[str, Tensor], facts: Any) -> None:
-    on_cpu = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-    text = json.dumps(facts)
-    write_atomically(path, save(on_cpu, {"cause": cause, "facts": text, "contents": fingerprint(on_cpu, text)}))
+def _write(path: Path, key: str, tensors: Mapping[str, Tensor], metadata: Any) -> None:
+    on_cpu = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps(metadata)
+    write_atomically(path, save(on_cpu, {"key": key, "metadata": text, "contents": fingerprint(on_cpu, text)}))

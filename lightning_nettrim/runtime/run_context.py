@@ -48,21 +48,21 @@ class RunContext:
         self.notes.append(text)
         log.warning("NetTrim: %s", text)
 
-    def cached(self, name: str, cause: str, compute: Callable[[], T]) -> T:
-        """Compute a result once per name and cause, also across interrupted runs.
+    def cached(self, name: str, key: str, compute: Callable[[], T]) -> T:
+        """Compute a result once per name and key, also across interrupted runs.
 
         Args:
             name: name of the result.
-            cause: fingerprint of everything it is computed from.
+            key: fingerprint of everything it is computed from.
             compute: function that returns the result, which must be representable as JSON.
 
         Returns:
             The result, from the cache, from disk, or computed.
         """
-        key = fingerprint(name, cause)
-        if key not in self.cache:
-            entry = None if self.resume is None else self.resume.read(name, cause)
-            self.cache[key] = compute() if entry is None else entry[1]
+        entry_key = fingerprint(name, key)
+        if entry_key not in self.cache:
+            entry = None if self.resume is None else self.resume.read(name, key)
+            self.cache[entry_key] = compute() if entry is None else entry[1]
             if entry is None and self.resume is not None:
-                self.resume.write(name, cause, {}, self.cache[key])
-        return self.cache[key]
+                self.resume.write(name, key, {}, self.cache[entry_key])
+        return self.cache[entry_key]

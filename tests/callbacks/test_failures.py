@@ -38,7 +38,7 @@ from lightning_nettrim import Cardinality, Magnitude, NetTrim, Solver
 from lightning_nettrim.calibration import batchnorm
 from lightning_nettrim.calibration.activations import Activations
 from lightning_nettrim.calibration.reference import ReferenceOutputs
-from lightning_nettrim.callbacks import nettrim, publishing, run_folder
+from lightning_nettrim.callbacks import nettrim, publishing, run_folder, trainer_pruning
 from lightning_nettrim.callbacks.calibration_data import calibration_batches
 from lightning_nettrim.callbacks.steps import LoadedBatch
 from lightning_nettrim.layers import masking
@@ -94,7 +94,7 @@ def third_batch(change):
                     occurred.append(i)
                 yield change(batch) if i == 2 else batch
 
-        monkeypatch.setattr(nettrim, "calibration_batches", batches)
+        monkeypatch.setattr(trainer_pruning, "calibration_batches", batches)
 
     return inject
 
@@ -243,9 +243,9 @@ def test_a_failed_solve_restores_everything(tmp_path, dense_checkpoint, interrup
 
 POINTS = {
     "claiming the folder": ("callbacks.run_folder", "claim"),
-    "choosing batches": ("callbacks.nettrim", "calibration_batches"),
-    "sampling": ("pruning.session", "sample_inputs"),
-    "planning": ("pruning.session", "make_plan"),
+    "choosing batches": ("callbacks.trainer_pruning", "calibration_batches"),
+    "sampling": ("pruning.session_setup", "sample_inputs"),
+    "planning": ("pruning.session_setup", "make_plan"),
     "tracing": ("pruning.plan", "trace_forward"),
     "recording": ("calibration.activations", "record"),
     "making a problem": ("pruning.layer", "layer_problem"),
@@ -264,7 +264,7 @@ POINTS = {
     "comparing": ("callbacks.publishing", "comparison"),
     "verifying": ("callbacks.publishing", "verify_file"),
     "writing the report": ("callbacks.publishing", "to_json"),
-    "fingerprints": ("pruning.session", "fingerprint"),
+    "fingerprints": ("pruning.session_setup", "fingerprint"),
 }
 """Module and name of functions that fail."""
 

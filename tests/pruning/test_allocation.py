@@ -24,7 +24,7 @@ from lightning_nettrim.pruning.allocation.curves import DENSITIES, ErrorCurve, m
 from lightning_nettrim.pruning.allocation.magnitude import kept_by_magnitude
 from lightning_nettrim.pruning.allocation.named import allocate
 from lightning_nettrim.pruning.allocation.network_error import kept_by_output_error
-from lightning_nettrim.pruning.session import calibrate
+from lightning_nettrim.pruning.session_setup import calibrate
 
 SIZES = {"a": 1000, "b": 300, "c": 77}
 FREE = {name: (0, size) for name, size in SIZES.items()}

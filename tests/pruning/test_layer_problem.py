@@ -15,7 +15,7 @@ from lightning_nettrim.core.certificate import violation
 from lightning_nettrim.pruning.config import PruningConfig
 from lightning_nettrim.pruning.layer_problem import layer_problem
 from lightning_nettrim.pruning.plan import LayerSelection, make_plan
-from lightning_nettrim.pruning.session import start_session
+from lightning_nettrim.pruning.session_setup import start_session
 from lightning_nettrim.runtime.run_context import RunContext
 
 

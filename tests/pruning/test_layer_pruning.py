@@ -12,7 +12,7 @@ from lightning_nettrim.core.certificate import violation
 from lightning_nettrim.layers import masking
 from lightning_nettrim.pruning.layer import local_error, prune_layer
 from lightning_nettrim.pruning.layer_problem import layer_problem
-from lightning_nettrim.pruning.session import calibrate
+from lightning_nettrim.pruning.session_setup import calibrate
 
 
 def session_of(model, dtype=torch.float32, **options):

@@ -7,7 +7,7 @@ from networks import ConvBlock, copied_state, equal_states
 
 from lightning_nettrim import CalibrationSource, MagnitudeAllocation, PruningConfig, UniformAllocation
 from lightning_nettrim.pruning.pruner import prune_network
-from lightning_nettrim.pruning.session import calibrate
+from lightning_nettrim.pruning.session_setup import calibrate
 
 
 def test_budgets_are_the_same_after_the_network_is_pruned():

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_nettrim import ADMM, CalibrationSource, Magnitude, PruningConfig, Wanda, trim
 from lightning_nettrim.pruning.pruner import prune_network
-from lightning_nettrim.pruning.session import calibrate
+from lightning_nettrim.pruning.session_setup import calibrate
 
 QUICK = ADMM(rtol=1e-2, atol=1e-2)
 

@@ -12,7 +12,8 @@ import torch
 from networks import mlp, mlp_batches
 
 from lightning_nettrim import LayerReport, Magnitude, PruningResult, SkippedLayer, Trial, trim
-from lightning_nettrim.pruning.results import SCHEMA_VERSION, aligned, comparison, layer_table, to_json
+from lightning_nettrim.pruning.report_json import SCHEMA_VERSION, to_json
+from lightning_nettrim.pruning.results import aligned, comparison, layer_table
 
 UNCERTIFIED = {"objective": None, "bound": None, "duality_gap": None, "violation": None, "status": None}
 

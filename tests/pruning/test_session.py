@@ -23,13 +23,8 @@ from lightning_nettrim import Budget, CalibrationSource, Cardinality, PruningCon
 from lightning_nettrim.calibration.batch import evaluation_mode
 from lightning_nettrim.calibration.memory_model import MIN_ROWS, max_rows_within, solving_bytes
 from lightning_nettrim.pruning.layer import prune_layer
-from lightning_nettrim.pruning.session import (
-    calibrate,
-    start_session,
-    subset,
-    with_fewer_rows,
-    with_smaller_batches,
-)
+from lightning_nettrim.pruning.session import subset, with_fewer_rows, with_smaller_batches
+from lightning_nettrim.pruning.session_setup import calibrate, start_session
 from lightning_nettrim.runtime.memory import GIB
 from lightning_nettrim.runtime.run_context import RunContext
 
@@ -117,7 +112,7 @@ def test_where_samples_are_stored_changes_nothing(scheme):
 
 
 def test_little_memory_means_fewer_rows_and_a_note(monkeypatch):
-    monkeypatch.setattr("lightning_nettrim.pruning.session.max_rows_within", lambda layer, rows, available: 500)
+    monkeypatch.setattr("lightning_nettrim.pruning.session_setup.max_rows_within", lambda layer, rows, available: 500)
     model, result = pruned()
     assert result.sparsity == pytest.approx(0.6, abs=1e-3)
     assert "0: 500 of 1000 rows fit into max_memory" in result.notes

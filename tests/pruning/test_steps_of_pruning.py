@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import errno
 import multiprocessing
-import pickle
 import signal
 import time
 
 import pytest
 import torch
+from damaged_files import DAMAGES, damage
 from networks import (
     conv1d_inputs,
     conv1d_network,
@@ -184,7 +184,7 @@ def test_rows_that_barely_fit_into_memory_are_determined_once(tmp_path, monkeypa
     def max_rows_within(layer, rows, available):
         return rows if available > GIB else 100
 
-    monkeypatch.setattr("lightning_nettrim.pruning.session.max_rows_within", max_rows_within)
+    monkeypatch.setattr("lightning_nettrim.pruning.session_setup.max_rows_within", max_rows_within)
     monkeypatch.setattr(MemoryMeter, "read_peak", lambda self: 0)
     whole, result = pruned(max_memory=1.02)
     interrupt(tmp_path, 5, max_memory=1.02)
@@ -240,23 +240,11 @@ def test_entries_of_another_run_are_not_used(tmp_path, caplog, change):
         assert result.notes == ()
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "pickle", "folder"])
-def test_a_damaged_entry_is_computed_again(tmp_path, uninterrupted, caplog, damage):
+@pytest.mark.parametrize("how", DAMAGES)
+def test_a_damaged_entry_is_computed_again(tmp_path, uninterrupted, caplog, how):
     interrupt(tmp_path, ENTRIES)
     path = tmp_path / "5.safetensors"
-    content = bytearray(path.read_bytes())
-    if damage == "cut":
-        path.write_bytes(content[: len(content) // 2])
-    elif damage == "flipped":
-        content[-5] ^= 1
-        path.write_bytes(content)
-    elif damage == "empty":
-        path.write_bytes(b"")
-    elif damage == "pickle":
-        path.write_bytes(pickle.dumps({"5.weight": [0.0]}))
-    else:
-        path.unlink()
-        path.mkdir()
+    damage(path, how)
     again, result = pruned(tmp_path)
     assert equal_states(again, uninterrupted()[0])
     assert "5.safetensors cannot be read" in caplog.text

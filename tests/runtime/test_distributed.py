@@ -18,6 +18,8 @@ from lightning_nettrim.runtime.distributed import (
     is_out_of_memory,
 )
 
+ADVICE = "ignore this layer"
+
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
@@ -74,7 +76,7 @@ def test_a_single_process_needs_no_communication():
     assert group.sum(X) is group.norm(X) is group.gather_rows(X) is X
     assert (group.gather(3), group.any(False), group.all(True), group.mean(2.0)) == ([3], False, True, 2.0)
     group.check_identical({"a": X})
-    group.check_agreement({"a": "ReLU"})
+    group.check_agreement({"a": "ReLU"}, ADVICE)
     group.broadcast([X])
     with pytest.raises(MemoryError, match="^full$"), group.raise_together():
         raise MemoryError("full")
@@ -100,11 +102,13 @@ def test_processes_with_different_values_are_refused():
 
 def test_processes_that_use_a_layer_differently_are_refused():
     seen = {"0": "ReLU", "2": "linear"}
-    WithOther().check_agreement(seen)
-    with pytest.raises(ValueError, match="2: expected the same use .*, got 'linear' .* 0 and 'not used' .* 1"):
-        WithOther(other={"0": "ReLU"}).check_agreement(seen)
+    WithOther().check_agreement(seen, ADVICE)
+    with pytest.raises(
+        ValueError, match="2: expected the same use .*, got 'linear' .* 0 and 'not used' .* 1: ignore this layer"
+    ):
+        WithOther(other={"0": "ReLU"}).check_agreement(seen, ADVICE)
     with pytest.raises(ValueError, match="0: expected the same use .*, got 'earlier' .* and 'later'"):
-        WithOther(other={"2": "linear", "0": "ReLU"}).check_agreement(seen)
+        WithOther(other={"2": "linear", "0": "ReLU"}).check_agreement(seen, ADVICE)
 
 
 def test_a_default_process_group_is_required():

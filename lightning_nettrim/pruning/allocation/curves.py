@@ -89,8 +89,8 @@ def measure_curves(session: CalibrationSession, names: Sequence[str]) -> dict[st
                 columns, session = retried(session, lambda s: _measure(s, name), with_fewer_rows)
                 return columns
 
-            cause = fingerprint(session.fingerprint, repr(session.plan.budgets[name]))
-            kept, local, output = session.run.cached(f"curve-{name}", cause, measure)
+            key = fingerprint(session.fingerprint, repr(session.plan.budgets[name]))
+            kept, local, output = session.run.cached(f"curve-{name}", key, measure)
             curves[name] = ErrorCurve(tuple(kept), tuple(local), tuple(output))
             session.restore()
     return curves
