@@ -40,9 +40,13 @@ class ReferenceOutputs:
         """Record the responses of all layers with the current weights of the model."""
         for group in recording_groups(activations.layers, activations.rows, self._available):
             for name, Y in activations.responses(*group).items():
-                self._stored.pop(name, None)
-                self._stored[name], self._device = self._store.put([Y]), Y.device
-                self.rows[name], self.norms[name] = Y.shape[1], norm_over_processes(Y, activations.processes)
+                self.put(name, Y, activations.processes)
+
+    def put(self, name: str, Y: Tensor, processes: ProcessGroup) -> None:
+        """Keep the response of one layer."""
+        self._stored.pop(name, None)
+        self._stored[name], self._device = self._store.put([Y]), Y.device
+        self.rows[name], self.norms[name] = Y.shape[1], norm_over_processes(Y, processes)
 
     def fingerprint(self) -> str:
         """Fingerprint of all responses, which differs between networks that compute different functions."""

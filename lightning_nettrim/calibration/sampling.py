@@ -195,6 +195,16 @@ class CalibrationSet(Sequence[CalibrationBatch]):
         halves = [half for batch in self._batches for half in batch.halves()]
         return CalibrationSet(halves, self.inputs, self._forward)
 
+    def divided(self, batches: int) -> CalibrationSet:
+        """The same inputs in at least so many batches, or in as many as possible."""
+        divided = self
+        while len(divided) < batches:
+            smaller = divided.with_smaller_batches()
+            if len(smaller) == len(divided):
+                break
+            divided = smaller
+        return divided
+
 
 def sample_inputs(
     model: nn.Module,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nettrim.calibration.batch import evaluation_mode
-from lightning_nettrim.calibration.network_output import NetworkOutput, find_output
+from lightning_nettrim.calibration.network_output import NetworkOutput, find_output, only_trainable
 from lightning_nettrim.calibration.sampling import CalibrationSet
 from lightning_nettrim.layers import Layer, joined, masking
 from lightning_nettrim.pruning.results import RecoveryReport
@@ -93,7 +92,7 @@ class Distillation(Recovery):
             training = len(task.targets) - max(1, round(self.holdout * len(task.targets)))
             before = best = task.mean_loss(range(training, len(task.targets)))
             best_values, best_step = pruned, 0
-            with _only_trainable(model, parameters):
+            with only_trainable(model, parameters.values()):
                 optimizer = torch.optim.Adam(parameters.values(), lr=self.lr)
                 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.max_steps)
                 for step, index in enumerate(self._order(training), 1):
@@ -171,12 +170,7 @@ class _Task(NamedTuple):
 
 def _make_task(session: CalibrationSession, loss: str) -> _Task:
     """Divide the calibration set into enough batches, find the output and record that of the dense network."""
-    calibration_set = session.activations.calibration_set
-    while len(calibration_set) < MIN_BATCHES:
-        smaller = calibration_set.with_smaller_batches()
-        if len(smaller) == len(calibration_set):
-            break
-        calibration_set = smaller
+    calibration_set = session.activations.calibration_set.divided(MIN_BATCHES)
     if len(calibration_set) < 2:
         raise ValueError("recover: expected at least two calibration batches, got one that cannot be divided")
     output = find_output(session.model, calibration_set[0])
@@ -188,23 +182,6 @@ def _make_task(session: CalibrationSession, loss: str) -> _Task:
     finally:
         session.restore(pruned)
     return _Task(session, calibration_set, output, name, targets)
-
-
-@contextmanager
-def _only_trainable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """A `with` in which only these parameters have gradients."""
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, requires_grad, gradient in before:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
 
 
 def _finish_gradient(session: CalibrationSession, parameter: nn.Parameter, mask: Tensor | None) -> None:

@@ -11,7 +11,6 @@ from typing import TypeVar
 from torch import Tensor, nn
 
 from lightning_nettrim.calibration.activations import Activations
-from lightning_nettrim.calibration.batch import evaluation_mode
 from lightning_nettrim.calibration.memory_model import MIN_ROWS
 from lightning_nettrim.calibration.reference import ReferenceOutputs
 from lightning_nettrim.layers import masking
@@ -23,7 +22,6 @@ from lightning_nettrim.pruning.solver_states import SolverStates
 from lightning_nettrim.runtime.distributed import ProcessGroup
 from lightning_nettrim.runtime.memory import retry_with_less
 from lightning_nettrim.runtime.run_context import RunContext
-from lightning_nettrim.solvers import Solver
 
 log = logging.getLogger(__name__)
 
@@ -135,25 +133,6 @@ class CalibrationSession:
                 "" if resume is None else f"; finished layers are in {resume.folder}, for the next run",
             )  # fmt: skip
             raise
-
-
-def subset(session: CalibrationSession, inputs: int, solver: Solver) -> CalibrationSession:
-    """A session of the same trained model on about so many of its inputs, with another solver and without resuming."""
-    session.restore()
-    config = replace(session.config, solver=solver, recover=None, max_rows=min(inputs, session.config.rows_limit))
-    first = session.activations.first_inputs(inputs)
-    rows = {name: min(inputs, count) for name, count in session.activations.rows.items()}
-    run = replace(session.run, meter=None, resume=None, cache={})
-    smaller = replace(
-        session,
-        config=config,
-        activations=replace(first, rows=rows),
-        reference=ReferenceOutputs(run.store, run.available),
-        solver_states=SolverStates(run.store),
-        run=run,
-    )
-    with evaluation_mode(session.model):
-        return retried(smaller, lambda s: s.reference.record(s.activations), with_smaller_batches)[1]
 
 
 def retried(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
+
+from torch import Tensor
 
 from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from lightning_nettrim.runtime.fingerprint import fingerprint
@@ -15,8 +17,6 @@ from lightning_nettrim.runtime.progress import Progress
 from lightning_nettrim.runtime.resume import ResumeStore
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,21 +48,25 @@ class RunContext:
         self.notes.append(text)
         log.warning("NetTrim: %s", text)
 
-    def cached(self, name: str, key: str, compute: Callable[[], T]) -> T:
+    def cached(
+        self, name: str, key: str, compute: Callable[[], tuple[Mapping[str, Tensor], Any]]
+    ) -> tuple[dict[str, Tensor], Any]:
         """Compute a result once per name and key, also across interrupted runs.
 
         Args:
             name: name of the result.
             key: fingerprint of everything it is computed from.
-            compute: function that returns the result, which must be representable as JSON.
+            compute: function that returns tensors by name, and values that can be written as JSON.
 
         Returns:
-            The result, from the cache, from disk, or computed.
+            The tensors and the values, from the cache, from disk, or computed.
         """
         entry_key = fingerprint(name, key)
         if entry_key not in self.cache:
             entry = None if self.resume is None else self.resume.read(name, key)
-            self.cache[entry_key] = compute() if entry is None else entry[1]
+            tensors, metadata = compute() if entry is None else entry
             if entry is None and self.resume is not None:
-                self.resume.write(name, key, {}, self.cache[entry_key])
-        return self.cache[entry_key]
+                self.resume.write(name, key, tensors, metadata)
+            self.cache[entry_key] = list(tensors), self.store.put(list(tensors.values())), metadata
+        names, stored, metadata = self.cache[entry_key]
+        return dict(zip(names, stored.load(), strict=True)), metadata

@@ -117,7 +117,7 @@ def interrupt_assignment(monkeypatch, _, occurred):
             assign(model, {name: value})
             if bool((value == 0).any()):
                 pruned.append(name)
-                if len(pruned) == 32:  # of the second layer of the result, after those of curves and rehearsals
+                if len(pruned) == 2:  # of the second layer of the result
                     occurred.append(name)
                     raise KeyboardInterrupt
 
@@ -143,7 +143,7 @@ FAULTS = {
     "out of memory recording responses": raises(ReferenceOutputs, "record", OUT_OF_MEMORY),
     "out of memory recording a layer": raises(Activations, "record", OUT_OF_MEMORY, 4),
     "out of memory measuring curves": raises(curves, "layer_problem", OUT_OF_MEMORY),
-    "out of memory making a problem": raises(pruning_layer, "layer_problem", OUT_OF_MEMORY, 11),
+    "out of memory making a problem": raises(pruning_layer, "layer_problem", OUT_OF_MEMORY, 2),
     "out of memory solving": raises(Cardinality, "solve", OUT_OF_MEMORY, 2),
     "out of memory unfolding": raises(FoldedLayer, "to_parameters", OUT_OF_MEMORY, 3),
     "out of memory measuring": raises(ReferenceOutputs, "distances", OUT_OF_MEMORY),
@@ -151,7 +151,7 @@ FAULTS = {
     "a full disk for the report": raises(publishing, "write_atomically", FULL),
     "a folder that cannot be written": block_folder,
     "Ctrl-C recording": raises(Activations, "record", KeyboardInterrupt(), 5),
-    "Ctrl-C solving": raises(Cardinality, "solve", KeyboardInterrupt(), 32),
+    "Ctrl-C solving": raises(Cardinality, "solve", KeyboardInterrupt(), 5 * len(LAYERS) + 2),
     "Ctrl-C assigning": interrupt_assignment,
     "Ctrl-C re-estimating": raises(batchnorm, "reestimate_preserving_output", KeyboardInterrupt()),
     "Ctrl-C measuring": raises(ReferenceOutputs, "distances", KeyboardInterrupt()),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from networks import copied_state, equal_states, mlp_batches, wide_mlp
+from torch import nn
 
 from lightning_nettrim import (
     Allocation,
@@ -19,20 +20,22 @@ from lightning_nettrim import (
     UniformAllocation,
     trim,
 )
-from lightning_nettrim.pruning.allocation.balancing import balance, geometric_mean
-from lightning_nettrim.pruning.allocation.curves import DENSITIES, ErrorCurve, measure_curves
+from lightning_nettrim.pruning.allocation.balancing import balance
+from lightning_nettrim.pruning.allocation.curves import DENSITIES, ErrorCurve, measure_curves, reference_density
 from lightning_nettrim.pruning.allocation.magnitude import kept_by_magnitude
 from lightning_nettrim.pruning.allocation.named import allocate
-from lightning_nettrim.pruning.allocation.network_error import kept_by_output_error
+from lightning_nettrim.pruning.allocation.network_error import kept_by_effect
 from lightning_nettrim.pruning.session_setup import calibrate
 
 SIZES = {"a": 1000, "b": 300, "c": 77}
 FREE = {name: (0, size) for name, size in SIZES.items()}
 
 
+EQUAL = dict.fromkeys(SIZES, 1.0)
+
+
 def curve(kept, errors):
-    """A curve of equal local and output errors."""
-    return ErrorCurve(tuple(kept), tuple(errors), tuple(errors))
+    return ErrorCurve(tuple(kept), tuple(errors))
 
 
 def quadratic(size, scale):
@@ -68,19 +71,11 @@ class KnownSession:
         return allocation.allocate(self, 1 - total / sum(self._sizes.values()))
 
 
-def by_geometric_mean(total, bounds):
-    session = KnownSession(bounds)
-    others = (session.allocate(allocation, total) for allocation in (UniformAllocation(), MagnitudeAllocation()))
-    return geometric_mean(*others, total, bounds)
-
-
 WAYS = {
     "uniform": lambda total, bounds: KnownSession(bounds).allocate(UniformAllocation(), total),
     "epsilon": lambda total, bounds: KnownSession(bounds).allocate(EpsilonAllocation(), total),
     "magnitude": lambda total, bounds: KnownSession(bounds).allocate(MagnitudeAllocation(), total),
-    "output error": lambda total, bounds: kept_by_output_error(CURVES, total, bounds),
-    "output error, compensated": lambda total, bounds: kept_by_output_error(CURVES, total, bounds, 1.0),
-    "geometric mean": by_geometric_mean,
+    "effect": lambda total, bounds: kept_by_effect(CURVES, {"a": 1.0, "b": 1e-3, "c": 7.0}, total, bounds),
 }
 
 
@@ -158,21 +153,22 @@ def test_a_curve_is_interpolated_log_linearly():
     assert values == pytest.approx([0.8 * (k / 50) ** -2 if k < 100 else 0.2 * (k / 100) ** -1 for k in kept])
 
 
-def test_the_sum_of_squared_output_errors_is_minimal():
+def test_the_sum_of_squared_errors_times_effects_is_minimal():
     points = (4, 8, 16, 32, 64)
     curves = {
         name: curve(points, [*(scale * 2.0 ** -(k / rate) for k in points[:-1]), 0.0])
         for name, scale, rate in (("a", 1.0, 6.0), ("b", 0.6, 9.0))
     }
-    kept = kept_by_output_error(curves, 48, {"a": (4, 64), "b": (4, 64)})
+    effects = {"a": 1.0, "b": 3.0}
+    kept = kept_by_effect(curves, effects, 48, {"a": (4, 64), "b": (4, 64)})
 
     def cost(a):
         total = 0.0
         for name, k in (("a", a), ("b", 48 - a)):
             i = next(i for i in range(4) if points[i] <= k <= points[i + 1])
-            few, many = (max(curves[name].output_errors[j], 1e-6) for j in (i, i + 1))
+            few, many = (max(curves[name].errors[j], 1e-6) for j in (i, i + 1))
             part = torch.tensor(k / points[i]).log() / torch.tensor(points[i + 1] / points[i]).log()
-            total += (few * (many / few) ** float(part)) ** 2
+            total += effects[name] * (few * (many / few) ** float(part)) ** 2
         return total
 
     best = min(range(4, 45), key=cost)
@@ -180,10 +176,16 @@ def test_the_sum_of_squared_output_errors_is_minimal():
 
 
 @pytest.mark.parametrize("total", [200, 500])
-def test_compensation_moves_weights_to_later_layers(total):
-    plain, compensated = (kept_by_output_error(CURVES, total, FREE, factor) for factor in (0.0, 2.0))
-    assert compensated["a"] < plain["a"]
-    assert compensated["c"] >= plain["c"]
+def test_a_layer_with_a_larger_effect_keeps_more_weights(total):
+    plain, larger = (kept_by_effect(CURVES, EQUAL | {"b": effect}, total, FREE) for effect in (1.0, 5.0))
+    assert larger["b"] > plain["b"]
+    assert kept_by_effect(CURVES, dict.fromkeys(SIZES, 1e-9), total, FREE) == plain
+
+
+def test_a_curve_of_one_point_is_that_point():
+    assert curve((1,), (0.0,)).on_grid() == ([1.0], [0.0])
+    result = trim(nn.Sequential(nn.Linear(4, 1), nn.ReLU(), nn.Linear(1, 1)), [torch.randn(64, 4)], sparsity=0.4)
+    assert [report.zeros for report in result.reports] == [2, 0]
 
 
 # --- on a network of 600 + 600 + 520 weights
@@ -260,14 +262,24 @@ def test_curves_are_measured_once_and_decrease_to_zero(monkeypatch):
     curves = measure_curves(session, ["0", "4"])
     assert equal_states(model, before)
     for name, size in (("0", 600), ("4", 520)):
-        kept, local, output = curves[name].kept, curves[name].local_errors, curves[name].output_errors
+        kept, errors = curves[name].kept, curves[name].errors
         assert kept == (*(size - round((1 - density) * size) for density in DENSITIES), size)
-        assert local[-1] == output[-1] == 0
-        assert all(many < few for few, many in zip(local, local[1:], strict=False))
-    assert curves["4"].local_errors == pytest.approx(curves["4"].output_errors, rel=1e-3)  # the last layer
+        assert errors[-1] == 0
+        assert all(many < few for few, many in zip(errors, errors[1:], strict=False))
 
     def solve_weighted(*arguments):
         pytest.fail("a curve is measured again")
 
     monkeypatch.setattr("lightning_nettrim.pruning.allocation.curves.solve_weighted", solve_weighted)
     assert measure_curves(session, ["4", "0"]) == curves
+
+
+@pytest.mark.parametrize(("sparsity", "density"), [(0.5, 0.6), (0.7, 0.3), (0.9, 0.15), (0.95, 0.06), (0.999, 0.02)])
+def test_the_reference_density_is_near_that_of_the_network(sparsity, density):
+    session = calibrate(wide_mlp(), CalibrationSource(mlp_batches()), PruningConfig(sparsity=sparsity))
+    assert reference_density(session) == density
+
+
+def test_without_a_sparsity_the_reference_density_is_the_middle_one():
+    session = calibrate(wide_mlp(), CalibrationSource(mlp_batches()), PruningConfig(max_drop=0.1))
+    assert reference_density(session) == DENSITIES[2]

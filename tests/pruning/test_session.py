@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 import pytest
 import torch
@@ -19,11 +18,10 @@ from networks import (
 )
 from torch import nn
 
-from lightning_nettrim import Budget, CalibrationSource, Cardinality, PruningConfig, trim
+from lightning_nettrim import Budget, CalibrationSource, PruningConfig, trim
 from lightning_nettrim.calibration.batch import evaluation_mode
 from lightning_nettrim.calibration.memory_model import MIN_ROWS, max_rows_within, solving_bytes
-from lightning_nettrim.pruning.layer import prune_layer
-from lightning_nettrim.pruning.session import subset, with_fewer_rows, with_smaller_batches
+from lightning_nettrim.pruning.session import with_fewer_rows, with_smaller_batches
 from lightning_nettrim.pruning.session_setup import calibrate, start_session
 from lightning_nettrim.runtime.memory import GIB
 from lightning_nettrim.runtime.run_context import RunContext
@@ -158,18 +156,6 @@ def test_fewer_rows_are_recorded_again_with_the_trained_weights(names):
     assert norm == pytest.approx(float(trained.square().mean().sqrt()), rel=0.1)  # of other rows of the same responses
     assert session.reference.rows == {"0": 1000, "4": 1000, "6": 1000}
     assert f"half the rows of {'4' if names else 'all layers'}" in session.run.notes[0]
-
-
-def test_a_subset_is_a_session_on_fewer_inputs():
-    model = mlp()
-    session = session_of(model, mlp_batches())
-    smaller = subset(session, 100, Cardinality(max_steps=10))
-    assert smaller.reference.rows == {"0": 100, "2": 100, "4": 100}
-    assert smaller.config == replace(session.config, solver=Cardinality(max_steps=10), max_rows=100)
-    assert smaller.run.meter is smaller.run.resume is None
-    assert session.reference.rows == {"0": 500, "2": 500, "4": 500}
-    with evaluation_mode(model):
-        assert prune_layer(smaller, "2", Budget(sparsity=0.5)).report.zeros == 240
 
 
 @pytest.mark.slow

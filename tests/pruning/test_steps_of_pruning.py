@@ -32,11 +32,11 @@ from lightning_nettrim.runtime.resume import ResumeStore
 
 QUICK = ADMM(rtol=1e-2, atol=1e-2)
 
-# --- resuming: `conv1d_network` has three error curves, three rehearsals and three layers, each of which is an entry
+# --- resuming: the entries of `conv1d_network` are three error curves, the effects of its layers, and three layers
 
 X = conv1d_inputs()
 OPTIONS = {"sparsity": 0.6, "num_samples": 200, "max_rows": 200}
-ENTRIES = 9
+ENTRIES = 7
 
 
 class Interruption(BaseException):
@@ -98,7 +98,7 @@ def note(count):
     return (f"{count} results are those of an interrupted run",)
 
 
-@pytest.mark.parametrize("entries", [1, 3, 4, 6, 7, 8, ENTRIES])
+@pytest.mark.parametrize("entries", [1, 3, 4, 5, 6, ENTRIES])
 @pytest.mark.parametrize("options", [{}, {"scheme": "parallel"}], ids=str)
 def test_an_interrupted_run_is_resumed_to_the_same_network_to_the_bit(tmp_path, uninterrupted, entries, options):
     whole, result = uninterrupted(**options)

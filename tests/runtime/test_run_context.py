@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 from lightning_nettrim.runtime.progress import Progress
 from lightning_nettrim.runtime.resume import ResumeStore
 from lightning_nettrim.runtime.run_context import RunContext
@@ -20,21 +22,27 @@ def test_a_result_is_computed_once_for_each_name_and_cause():
 
     def compute():
         calls.append(1)
-        return len(calls)
+        return {"weight": torch.full((2,), float(len(calls)))}, len(calls)
 
-    assert [run.cached("curve", "a", compute) for _ in range(2)] == [1, 1]
-    assert run.cached("curve", "b", compute) == 2
-    assert run.cached("other", "a", compute) == 3
-    assert RunContext().cached("curve", "a", compute) == 4
+    for _ in range(2):
+        tensors, count = run.cached("curve", "a", compute)
+        assert tensors["weight"].tolist() == [1.0, 1.0]
+        assert count == 1
+    assert run.cached("curve", "b", compute)[1] == 2
+    assert run.cached("other", "a", compute)[1] == 3
+    assert RunContext().cached("curve", "a", compute)[1] == 4
 
 
 def test_a_result_is_read_from_the_folder_of_an_interrupted_run(tmp_path):
     def fail():
         raise AssertionError("computed again")
 
-    assert RunContext(resume=ResumeStore(tmp_path)).cached("curve", "a", lambda: [1, {"b": 2.5}]) == [1, {"b": 2.5}]
+    written = {"b": torch.tensor([1.0, 2.0]), "a": torch.tensor([[3]])}, [1, {"b": 2.5}]
+    RunContext(resume=ResumeStore(tmp_path)).cached("curve", "a", lambda: written)
     resumed = RunContext(resume=ResumeStore(tmp_path))
-    assert resumed.cached("curve", "a", fail) == [1, {"b": 2.5}]
+    tensors, values = resumed.cached("curve", "a", fail)
+    assert values == written[1]
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {"b": [1.0, 2.0], "a": [[3]]}
     assert resumed.resume.used == 1
 
 

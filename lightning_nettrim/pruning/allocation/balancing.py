@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 Bounds = Mapping[str, tuple[int, int]]
@@ -48,9 +47,3 @@ def balance(
             change = max(min(missing, slack), 0) if missing > 0 else min(max(missing, slack), 0)
             counts[name], missing = counts[name] + change, missing - change
     return counts
-
-
-def geometric_mean(one: Mapping[str, int], other: Mapping[str, int], total: int, bounds: Bounds) -> dict[str, int]:
-    """Counts in proportion to the geometric mean of two allocations."""
-    mean = {name: math.sqrt(max(one[name], 1) * max(other[name], 1)) for name in one}
-    return balance(lambda t: {name: math.exp(t) * size for name, size in mean.items()}, (-20.0, 20.0), total, bounds)
