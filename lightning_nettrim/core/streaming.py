@@ -30,6 +30,13 @@ def select_rows(problem: LayerProblem, rows: slice) -> LayerProblem:
     return replace(problem, X=problem.X[..., rows, :].to(problem.Y.device), processes=SINGLE_PROCESS, **part)
 
 
+def select_outputs(problem: LayerProblem, outputs: slice) -> LayerProblem:
+    """Some outputs of every problem of the batch, with the same inputs; ``epsilon`` is kept as it is."""
+    part: dict[str, Any] = {name: getattr(problem, name) for name in ("Y", "W", "Omega", "V", "offset")}
+    part = {name: t if t is None else t[..., outputs] for name, t in part.items()}
+    return replace(problem, **part)
+
+
 def gram(problem: LayerProblem) -> Tensor:
     """``(batch, N, N)``: XᵀX of a flat batch, in float64 from products in the precision of X."""
     N = problem.X.shape[-1]

@@ -18,6 +18,9 @@ from lightning_nettrim.solvers.refitting import distance, rare_input_ridge, refi
 FINAL_RHO = 3.0
 """ρ, relative to the mean eigenvalue of H, at which the support no longer changes even for uncorrelated inputs."""
 
+STEPS_PER_RHO = 3
+"""Number of steps with the same ρ."""
+
 SMALL_LAYER, SMALL_LAYER_FACTOR = 512, 6
 """A layer of at most SMALL_LAYER weights takes SMALL_LAYER_FACTOR times as many steps, each with all rows."""
 
@@ -41,9 +44,17 @@ class Spectrum(NamedTuple):
         mean = self.values.sum(-1, keepdim=True) / self.scale.shape[-2]
         return torch.where(mean > 0, mean, 1)
 
-    def inverse(self, rho: Tensor) -> Callable[[Tensor], Tensor]:
-        """The product with (H + ρ)⁻¹ = Q(Λ + ρ)⁻¹Qᵀ or, at a lower rank, (1 − QΛ(Λ + ρ)⁻¹Qᵀ)/ρ."""
-        if self.vectors.shape[-1] == self.vectors.shape[-2]:
+    def inverse(self, rho: Tensor, columns: int) -> Callable[[Tensor], Tensor]:
+        """The product of (H + ρ)⁻¹ with a number of columns.
+
+        It is Q(Λ + ρ)⁻¹Qᵀ or, at a lower rank, (1 − QΛ(Λ + ρ)⁻¹Qᵀ)/ρ. The matrix is formed, at the cost of n columns,
+        unless it is cheaper to apply the factors in each of the `STEPS_PER_RHO` steps.
+        """
+        rank, n = self.vectors.shape[-1], self.vectors.shape[-2]
+        if rank == n > STEPS_PER_RHO * columns:
+            weights = 1 / (self.values + rho).mT
+            return lambda B: torch.bmm(self.vectors, weights * torch.bmm(self.vectors.mT, B))
+        if rank == n:
             inverse = torch.bmm(self.vectors / (self.values + rho), self.vectors.mT)
             return lambda B: torch.bmm(inverse, B)
         part = (self.values / (self.values + rho)).mT
@@ -104,8 +115,8 @@ class Cardinality(Solver):
         return Solution.uncertified(W.reshape(shape + W.shape[1:]), run.max_steps, spectrum)
 
     def _growth(self) -> list[float]:
-        """The factors of ρ, every third step: up to ``rho_end``, and to FINAL_RHO in the last sixth of the steps."""
-        times = -(-self.max_steps // 3)
+        """The factors by which ρ grows: up to ``rho_end``, and to FINAL_RHO in the last sixth of the steps."""
+        times = -(-self.max_steps // STEPS_PER_RHO)
         final = times // 6
         slow = (self.rho_end / self.rho_start) ** (1 / (times - final))
         fast = max(FINAL_RHO / self.rho_end, 1.0) ** (1 / max(final, 1))
@@ -135,8 +146,8 @@ class Cardinality(Solver):
 
         for step in range(self.max_steps):
             with coarse_products(self.tf32):
-                if step % 3 == 0:
-                    inverse = spectrum.inverse(rho + problem.ridge)
+                if step % STEPS_PER_RHO == 0:
+                    inverse = spectrum.inverse(rho + problem.ridge, W.shape[-1])
                 b = unscale * (total[:, rows] - regression.mT @ total[:, free]) + trained
                 W = inverse((S - U).mul_(rho).add_(b))  # W-update
                 U += W
@@ -147,9 +158,10 @@ class Cardinality(Solver):
                     product = _target_product(problem, parts[part], complete(W))  # T-update
                     total += product - products[part]
                     products[part] = product
-            if step % 3 == 2:
-                rho = rho * growth[step // 3]
-                U /= growth[step // 3]
+            if step % STEPS_PER_RHO == STEPS_PER_RHO - 1:
+                factor = growth[step // STEPS_PER_RHO]
+                rho = rho * factor
+                U /= factor
         score = torch.zeros_like(full)
         score[:, rows] = S.square()
         return project_pattern(problem, complete(S), score)

@@ -274,6 +274,21 @@ def test_curves_are_measured_once_and_decrease_to_zero(monkeypatch):
     assert measure_curves(session, ["4", "0"]) == curves
 
 
+def test_a_curve_is_measured_on_a_sample_of_many_outputs(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 400), nn.ReLU(), nn.Linear(400, 10))
+    session = calibrate(model, CalibrationSource([torch.randn(2000, 30)]), PruningConfig(sparsity=0.9))
+    sampled = measure_curves(session, ["0"])["0"]
+    monkeypatch.setattr("lightning_nettrim.pruning.allocation.curves.MAX_OUTPUTS", 400)
+    session.run.cache.clear()
+    whole = measure_curves(session, ["0"])["0"]
+    assert sampled.kept == whole.kept
+    assert sampled.errors == pytest.approx(whole.errors, rel=0.05)
+    assert sampled.errors != whole.errors
+    reference = DENSITIES.index(reference_density(session))
+    assert sampled.errors[reference] == pytest.approx(whole.errors[reference], rel=1e-3)
+
+
 @pytest.mark.parametrize(("sparsity", "density"), [(0.5, 0.6), (0.7, 0.3), (0.9, 0.15), (0.95, 0.06), (0.999, 0.02)])
 def test_the_reference_density_is_near_that_of_the_network(sparsity, density):
     session = calibrate(wide_mlp(), CalibrationSource(mlp_batches()), PruningConfig(sparsity=sparsity))

@@ -6,11 +6,14 @@ import math
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import Tensor
 
 from lightning_nettrim.calibration.batch import evaluation_mode
 from lightning_nettrim.calibration.reference import ReferenceOutputs
+from lightning_nettrim.core.problem import LayerProblem
+from lightning_nettrim.core.streaming import select_outputs
 from lightning_nettrim.pruning.layer import local_error
 from lightning_nettrim.pruning.layer_problem import layer_problem
 from lightning_nettrim.pruning.session import CalibrationSession, retried, with_fewer_rows
@@ -26,6 +29,9 @@ DENSITIES = (0.02, 0.06, 0.15, 0.3, 0.6)
 
 MIN_ROWS, ROWS_PER_INPUT = 1024, 2
 """A curve is measured on MIN_ROWS rows, or ROWS_PER_INPUT for each input of the layer if these are more."""
+
+MAX_OUTPUTS = 64
+"""Number of outputs, approximately, on which a curve is measured."""
 
 MIN_ERROR = 1e-6
 """Smallest error of an interpolated curve."""
@@ -125,20 +131,43 @@ def _measure(session: CalibrationSession, name: str) -> tuple[dict[str, Tensor],
     part.reference.put(name, part.activations.response(name, recording), part.processes)
     folded, budget = session.folded_layers[name], replace(session.plan.budgets[name], epsilon=None)
     problem = layer_problem(part, name, recording, budget, trained_inputs=True)
-    points, values, state = dict[int, float](), session.dense_values(name), None
-    reference, reference_error = reference_density(session), 0.0
+    outputs = _sampled_outputs(problem)
+    sample = replace(part, importance={key: factor[..., outputs] for key, factor in part.importance.items()})
+    points, solved, spectrum = dict[int, float](), dict[float, tuple[Tensor, float]](), None
     for density in DENSITIES:
-        at = replace(problem, sparsity=1 - density)
-        if not at.nonzeros:
-            continue
-        solution = solve_weighted(session, name, at, QUICK, state)
-        state = solution.state
-        W = refit(at, solution.W, max_steps=2, cg_steps=8)
-        points[at.nonzeros] = local_error(at, W)
-        if density == reference:
-            values, reference_error = folded.to_parameters(W), points[at.nonzeros]
+        kept = replace(problem, sparsity=1 - density).nonzeros
+        if kept:
+            at = replace(select_outputs(problem, outputs), sparsity=1 - density)
+            W, points[kept], spectrum = _solve(sample, name, at, spectrum)
+            solved[density] = W, points[kept]
     points[session.sizes()[name]] = 0.0
-    return values, ([*points], [*points.values()], reference_error)
+    reference = reference_density(session)
+    if reference not in solved:
+        return session.dense_values(name), ([*points], [*points.values()], 0.0)
+    W, of_sample = solved[reference]
+    error = of_sample
+    if W.shape != problem.W.shape:
+        W, error, _ = _solve(part, name, replace(problem, sparsity=1 - reference), spectrum)
+    scale = error / of_sample if of_sample > 0 else 1.0
+    return folded.to_parameters(W), ([*points], [scale * value for value in points.values()], error)
+
+
+def _solve(session: CalibrationSession, name: str, problem: LayerProblem, spectrum: Any) -> tuple[Tensor, float, Any]:
+    """Weights and local error of a quick solve, and its spectrum."""
+    solution = solve_weighted(session, name, problem, QUICK, spectrum)
+    W = refit(problem, solution.W, max_steps=2, cg_steps=8)
+    return W, local_error(problem, W), solution.state
+
+
+def _sampled_outputs(problem: LayerProblem) -> slice:
+    """About `MAX_OUTPUTS` evenly spaced outputs; all of them, if the pattern does not divide the sample."""
+    N, M = problem.X.shape[-1], problem.Y.shape[-1]
+    step = max(M // MAX_OUTPUTS, 1)
+    try:
+        problem.pattern.check(N, problem.groups * -(-M // step))
+    except ValueError:
+        step = 1
+    return slice(None, None, step)
 
 
 def _on_part(session: CalibrationSession, name: str) -> CalibrationSession:

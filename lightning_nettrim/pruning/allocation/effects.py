@@ -16,11 +16,8 @@ from lightning_nettrim.pruning.session import CalibrationSession, retried, with_
 from lightning_nettrim.runtime.distributed import is_out_of_memory
 from lightning_nettrim.runtime.fingerprint import fingerprint
 
-POINTS = 4
-"""Number of networks between the trained and the pruned one in which effects are measured."""
-
-DRAWS = 16
-"""Minimum number of random directions of the output in each of these networks."""
+DRAWS = 32
+"""Minimum number of batches, each with random signs and a network between the trained and the pruned one of its own."""
 
 MIN_INPUTS, MIN_ROWS = 64, 512
 """Minimum numbers of inputs, and of rows of the last layer, on which effects are measured."""
@@ -30,7 +27,7 @@ def measure_effects(session: CalibrationSession, layers: Mapping[str, MeasuredLa
     r"""Effects of layers: relative squared change of the output per squared local error of one layer.
 
     Let Δ be the change of a layer's parameters when it is pruned alone, δ its local error then, and J the derivative of
-    the network's output y by these parameters. The effect is E‖JΔ‖²/(‖y‖²δ²), averaged over networks in which the
+    the network's output y by these parameters. The effect is E‖JΔ‖²/(‖y‖²δ²) over batches and networks in which the
     parameters of *all* layers are moved by tΔ, t between 0 and 1. In the trained network alone, the effects of layers
     that can replace each other, such as the branches of a residual block, would be underestimated.
 
@@ -80,17 +77,17 @@ def _relative_squares(session: CalibrationSession, layers: Mapping[str, Measured
     generator = torch.Generator().manual_seed(session.config.seed + session.processes.rank)
     with session.processes.raise_together(), only_trainable(model, tuned):
         output = find_output(model, batches[0])
-        for point in range(POINTS):
-            t = (point + 0.5) / POINTS
+        count = max(DRAWS, len(batches))
+        for draw in range(count):
+            t = (draw + 0.5) / count
             for change in changes.values():
                 masking.assign(model, {key: session.dense[key] + t * delta for key, delta in change.items()})
-            for draw in range(max(DRAWS, len(batches))):
-                with torch.enable_grad():
-                    y = output.of(model, batches[draw % len(batches)])
-                signs = (torch.randint(0, 2, y.shape, generator=generator) * 2 - 1).to(y)
-                gradients = dict(zip(keys, torch.autograd.grad(y, tuned, signs, allow_unused=True), strict=True))
-                squares += torch.tensor([_inner(gradients, change) ** 2 for change in changes.values()])
-                energy += float(y.detach().double().square().sum())
+            with torch.enable_grad():
+                y = output.of(model, batches[draw % len(batches)])
+            signs = (torch.randint(0, 2, y.shape, generator=generator) * 2 - 1).to(y)
+            gradients = dict(zip(keys, torch.autograd.grad(y, tuned, signs, allow_unused=True), strict=True))
+            squares += torch.tensor([_inner(gradients, change) ** 2 for change in changes.values()])
+            energy += float(y.detach().double().square().sum())
     total = session.processes.sum(torch.cat([squares, torch.tensor([energy], dtype=torch.float64)]))
     return dict(zip(layers, (total[:-1] / total[-1].clamp(min=1e-30)).tolist(), strict=True))
 
