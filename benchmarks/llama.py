@@ -16,7 +16,7 @@ from torch import nn
 
 from benchmarks.clock import Clock
 from benchmarks.training import train_or_load
-from lightning_nettrim import Magnitude, SparseGPT, Wanda, trim
+from lightning_nettrim import Distillation, Magnitude, SparseGPT, Wanda, trim
 from recipes.text import Topics
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "text_llama.yaml"
@@ -29,7 +29,11 @@ METHODS: dict[str, dict] = {
     "Wanda (this package)": {"solver": Wanda(), "refit": False, "allocate": "uniform", "pattern": "per_neuron"},
     "SparseGPT (this package)": {"solver": SparseGPT(), "refit": False, "allocate": "uniform"},
 }
-"""Options of `trim` for each method; all but the first have the same sparsity in each layer."""
+METHODS |= {
+    f"{name}, recovered": METHODS[name] | {"recover": Distillation()}
+    for name in ("ours", "magnitude + refit", "SparseGPT (this package)", "Wanda (this package)")
+}
+"""Options of `trim` for each method; all but those of this package's default have the same sparsity in each layer."""
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,14 @@ class Settings:
         epochs: number of training epochs; ``None`` is that of the recipe.
         samples: number of calibration windows, from the training text.
         budgets: sparsities.
+        methods: names of methods; all, if there are none.
     """
 
     out: Path = Path("runs") / "benchmarks"
     epochs: int | None = None
     samples: int = 512
     budgets: tuple[float, ...] = (0.5, 0.7)
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,7 +75,7 @@ class Row:
 
     def __str__(self) -> str:
         """One line of the log."""
-        return f"{self.budget:5} {self.method:24} {self.loss:7.4f} nats/char  {self.seconds:7.2f} s"
+        return f"{self.budget:5} {self.method:35} {self.loss:7.4f} nats/char  {self.seconds:7.2f} s"
 
 
 def rows(settings: Settings) -> Iterator[Row]:
@@ -84,9 +90,9 @@ def rows(settings: Settings) -> Iterator[Row]:
     (options,) = (callback["init_args"] for callback in recipe["trainer"]["callbacks"])
     layers = {key: options[key] for key in ("targets", "ignore")}
     for budget in settings.budgets:
-        for method, arguments in METHODS.items():
+        for method in settings.methods or METHODS:
             pruned, clock = copy.deepcopy(dense), Clock()
-            result = trim(pruned, windows.split(64), sparsity=budget, **layers, **arguments)
+            result = trim(pruned, windows.split(64), sparsity=budget, **layers, **METHODS[method])
             seconds = clock.read()
             yield Row(budget, method, result.sparsity, loss(pruned, data), seconds)
 
@@ -115,8 +121,8 @@ def loss(model: nn.Module, data: Topics) -> float:
 def table(rows: Sequence[Row]) -> str:
     """One line for each row, with the increase of the loss over that of the dense network."""
     (dense,) = (row.loss for row in rows if row.method == "dense")
-    lines = [f"{'budget':>6} {'method':24} {'sparsity':>8} {'nats/char':>9} {'increase':>8} {'seconds':>8}"]
+    lines = [f"{'budget':>6} {'method':35} {'sparsity':>8} {'nats/char':>9} {'increase':>8} {'seconds':>8}"]
     for row in rows:
-        text = f"{row.budget:6.2f} {row.method:24} {row.sparsity:8.2%} {row.loss:9.4f} {row.loss - dense:8.4f}"
+        text = f"{row.budget:6.2f} {row.method:35} {row.sparsity:8.2%} {row.loss:9.4f} {row.loss - dense:8.4f}"
         lines.append(f"{text} {row.seconds:8.2f}")
     return "\n".join(lines)

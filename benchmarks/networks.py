@@ -33,8 +33,10 @@ METHODS: dict[str, dict] = {
     "magnitude + refit": {"solver": Magnitude(), "allocate": "magnitude"},
     "Wanda (this package)": {"solver": Wanda(), "refit": False, "allocate": "uniform", "pattern": "per_neuron"},
     "SparseGPT (this package)": {"solver": SparseGPT(), "refit": False, "allocate": "uniform"},
-    "ours, recovered": {"recover": Distillation()},
-    "magnitude + refit, recovered": {"solver": Magnitude(), "allocate": "magnitude", "recover": Distillation()},
+}
+METHODS |= {
+    f"{name}, recovered": METHODS[name] | {"recover": Distillation()}
+    for name in ("ours", "magnitude + refit", "SparseGPT (this package)", "Wanda (this package)")
 }
 """Options of `trim` for each method; the statistics of BatchNorms are re-estimated in all of them."""
 
@@ -51,6 +53,7 @@ class Settings:
         epochs: number of training epochs; ``None`` is that of the recipe.
         samples: number of calibration images.
         budgets: sparsities.
+        methods: names of methods; all, if there are none.
     """
 
     data: str | None = None
@@ -60,6 +63,7 @@ class Settings:
     epochs: int | None = None
     samples: int = 4096
     budgets: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95)
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,7 @@ class Row:
 
     def __str__(self) -> str:
         """One line of the log."""
-        return f"{self.network:8} {self.budget:5} {self.method:24} {self.accuracy:6.2f} %  {self.seconds:6.2f} s"
+        return f"{self.network:8} {self.budget:5} {self.method:35} {self.accuracy:6.2f} %  {self.seconds:6.2f} s"
 
 
 def rows(settings: Settings) -> Iterator[Row]:
@@ -101,11 +105,11 @@ def rows(settings: Settings) -> Iterator[Row]:
         dense = network(name, data, settings)
         yield Row(name, 0.0, "dense", 0.0, accuracy(dense, data), 0.0)
         for budget in settings.budgets:
-            for method, arguments in METHODS.items():
+            for method in settings.methods or METHODS:
                 pruned, clock = copy.deepcopy(dense), Clock()
-                result = trim(pruned, images.split(256), sparsity=budget, **arguments)
+                result = trim(pruned, images.split(256), sparsity=budget, **METHODS[method])
                 yield Row(name, budget, method, result.sparsity, accuracy(pruned, data), clock.read())
-        if name == "lenet5":
+        if name == "lenet5" and not settings.methods:
             yield from _compare_with_alps(dense, images, data, settings)
 
 
@@ -176,7 +180,7 @@ def _evaluate(
 
 def table(rows: Sequence[Row]) -> str:
     """One line for each row, with the ratios of the end-to-end errors to those of ALPS if both were measured."""
-    head = f"{'network':8} {'budget':>6} {'method':24} {'sparsity':>8} {'accuracy':>8} {'seconds':>8}"
+    head = f"{'network':8} {'budget':>6} {'method':35} {'sparsity':>8} {'accuracy':>8} {'seconds':>8}"
     lines = [f"{head}  end-to-end errors, ratios to ALPS"]
     peers = {row.budget: row for row in rows if row.method == alps.NAME}
     for row in rows:
@@ -184,6 +188,6 @@ def table(rows: Sequence[Row]) -> str:
         if row.end_to_end_errors and row.budget in peers and row.method != alps.NAME:
             pairs = zip(row.end_to_end_errors.split(), peers[row.budget].end_to_end_errors.split(), strict=True)
             ratios = "  " + " ".join(f"{float(e) / float(t):.2f}" for e, t in pairs)
-        text = f"{row.network:8} {row.budget:6.2f} {row.method:24} {row.sparsity:8.2%} {row.accuracy:8.2f}"
+        text = f"{row.network:8} {row.budget:6.2f} {row.method:35} {row.sparsity:8.2%} {row.accuracy:8.2f}"
         lines.append(f"{text} {row.seconds:8.2f}  {row.end_to_end_errors}{ratios}".rstrip())
     return "\n".join(lines)

@@ -115,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=int, help="number of training epochs; default: that of the recipe")
     _add_integer(command, default, "samples", "number of calibration images")
     command.add_argument("--budgets", type=float, nargs="+", default=[*default.budgets], help="sparsities")
+    command.add_argument("--methods", nargs="+", default=[], choices=[*networks.METHODS], help="default: all")
 
     command = commands.add_parser("llama", help="the small Llama of the recipe without retraining, by every method")
     default = llama.Settings()
@@ -122,6 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--epochs", type=int, help="number of training epochs; default: that of the recipe")
     _add_integer(command, default, "samples", "number of calibration windows")
     command.add_argument("--budgets", type=float, nargs="+", default=[*default.budgets], help="sparsities")
+    command.add_argument("--methods", nargs="+", default=[], choices=[*llama.METHODS], help="default: all")
 
     command = commands.add_parser("memory", help="peak memory while a large network is pruned, by max_memory")
     default = memory.Settings()

@@ -55,7 +55,8 @@ class Distillation(Recovery):
 
     Args:
         loss: ``"kl"``, the Kullback-Leibler divergence of the softmax of both outputs; ``"mse"``, the squared error
-            relative to the mean square of the dense output; ``"auto"``, KL if a softmax follows the output, else MSE.
+            relative to the mean square of the dense output; ``"kl+mse"``, their sum, as the divergence alone has small
+            gradients where the dense network is sure; ``"auto"``, the sum if a softmax follows the output, else MSE.
         max_steps: number of steps.
         lr: learning rate at the beginning.
         holdout: fraction of the calibration batches that is held out.
@@ -63,7 +64,7 @@ class Distillation(Recovery):
         seed: of the order of the batches.
     """
 
-    loss: Literal["auto", "kl", "mse"] = "auto"
+    loss: Literal["auto", "kl", "mse", "kl+mse"] = "auto"
     max_steps: int = 300
     lr: float = 1e-3
     holdout: float = 0.1
@@ -72,8 +73,9 @@ class Distillation(Recovery):
 
     def __post_init__(self) -> None:
         """Check the numbers."""
-        if self.loss not in ("auto", "kl", "mse"):
-            raise ValueError(f"Distillation.loss: expected 'auto', 'kl' or 'mse', got {self.loss!r}")
+        if self.loss not in ("auto", *LOSSES):
+            names = ", ".join(map(repr, LOSSES))
+            raise ValueError(f"Distillation.loss: expected 'auto', {names}, got {self.loss!r}")
         for name in ("max_steps", "lr", "check_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Distillation.{name}: expected > 0, got {getattr(self, name)}")
@@ -133,7 +135,16 @@ def relative_squared_error(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().sum() / target.square().sum().clamp(min=1e-12)
 
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"kl": kl_divergence, "mse": relative_squared_error}
+def kl_and_squared_error(output: Tensor, target: Tensor) -> Tensor:
+    """The sum of `kl_divergence` and `relative_squared_error`."""
+    return kl_divergence(output, target) + relative_squared_error(output, target)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "kl": kl_divergence,
+    "mse": relative_squared_error,
+    "kl+mse": kl_and_squared_error,
+}
 """Losses by name."""
 
 
@@ -174,7 +185,7 @@ def _make_task(session: CalibrationSession, loss: str) -> _Task:
     if len(calibration_set) < 2:
         raise ValueError("recover: expected at least two calibration batches, got one that cannot be divided")
     output = find_output(session.model, calibration_set[0])
-    name = ("kl" if output.is_logits else "mse") if loss == "auto" else loss
+    name = ("kl+mse" if output.is_logits else "mse") if loss == "auto" else loss
     pruned = session.snapshot()
     session.restore()
     try:

@@ -15,10 +15,10 @@ def test_the_loss_is_recognized_in_the_step_and_the_report_has_the_recovery(tmp_
     callback = half(recover=Distillation(max_steps=40, lr=1e-2, check_every=10))
     make_trainer(tmp_path, callback).fit(model := Net(), train_data(), val_data())
     result = callback.result
-    assert result.recovery.loss == "kl"
+    assert result.recovery.loss == "kl+mse"
     assert result.recovery.loss_after <= result.recovery.loss_before
     report = json.loads((callback.folder / "report.json").read_text())
-    assert report["recovery"]["loss"] == "kl"
+    assert report["recovery"]["loss"] == "kl+mse"
     assert report["total"]["end_to_end_error"] == result.end_to_end_error
     assert report["arguments"]["recover"]["class_path"] == "lightning_nettrim.pruning.recovery.Distillation"
     saved = torch.load(callback.folder / "pruned.ckpt", weights_only=True)["state_dict"]

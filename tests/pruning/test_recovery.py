@@ -8,7 +8,7 @@ from torch.nn import functional as F
 from lightning_nettrim import Distillation, Magnitude, trim
 from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
 from lightning_nettrim.calibration.network_output import find_output
-from lightning_nettrim.pruning.recovery import kl_divergence, relative_squared_error, tuned_parameters
+from lightning_nettrim.pruning.recovery import LOSSES, kl_divergence, relative_squared_error, tuned_parameters
 
 
 class Network(nn.Module):
@@ -122,7 +122,7 @@ def test_auto_uses_the_divergence_where_a_softmax_follows():
         return F.cross_entropy(model(x), torch.zeros(len(x)).long())
 
     _, result = pruned(recover=Distillation(max_steps=10), forward=loss)
-    assert result.recovery.loss == "kl"
+    assert result.recovery.loss == "kl+mse"
 
 
 def test_losses_are_their_definitions():
@@ -133,6 +133,8 @@ def test_losses_are_their_definitions():
     torch.testing.assert_close(
         relative_squared_error(output, target), (output - target).norm() ** 2 / target.norm() ** 2
     )
+    both = kl_divergence(output, target) + relative_squared_error(output, target)
+    torch.testing.assert_close(LOSSES["kl+mse"](output, target), both)
 
 
 def test_layers_and_norms_are_tuned_and_others_not():
