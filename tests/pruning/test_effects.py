@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from networks import copied_state, equal_states
@@ -89,6 +91,16 @@ def test_a_layer_that_does_not_influence_the_output_counts_like_the_last_one():
     assert found["second"] != 1
     result = trim(TwoHeads(), X.split(64), sparsity=0.6)
     assert all(report.sparsity < 0.9 for report in result.reports)
+
+
+def test_networks_that_overflow_have_no_effects():
+    torch.manual_seed(4)
+    session = session_of(nn.Sequential(nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 7)))
+    layers = {
+        name: replace(layer, values={key: 1e30 * value for key, value in layer.values.items()})
+        for name, layer in measured(session).items()
+    }
+    assert measure_effects(session, layers) == {"0": 1.0, "2": 1.0}
 
 
 class WithoutGradients(nn.Sequential):

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_nettrim.calibration.batch import evaluation_mode
 from lightning_nettrim.calibration.network_output import find_output, only_trainable
 from lightning_nettrim.layers import masking
-from lightning_nettrim.pruning.allocation.curves import MeasuredLayer
+from lightning_nettrim.pruning.allocation.curves import MIN_ERROR, MeasuredLayer
 from lightning_nettrim.pruning.session import CalibrationSession, retried, with_smaller_batches
 from lightning_nettrim.runtime.distributed import is_out_of_memory
 from lightning_nettrim.runtime.fingerprint import fingerprint
@@ -36,7 +36,8 @@ def measure_effects(session: CalibrationSession, layers: Mapping[str, MeasuredLa
 
     Returns:
         ``{name: effect}``. It is 1, as that of the last layer, for layers that do not influence the output found by
-        `find_output`, and for all layers of a network without gradients. The model has its trained weights.
+        `find_output` or let it overflow, and for all layers of a network without gradients. The model has its trained
+        weights.
     """
     key = fingerprint(session.fingerprint, {name: fingerprint(layer.values) for name, layer in layers.items()})
 
@@ -53,10 +54,8 @@ def measure_effects(session: CalibrationSession, layers: Mapping[str, MeasuredLa
             squares = dict.fromkeys(layers, 0.0)
         finally:
             session.restore()
-        return {}, {
-            name: square / layers[name].error ** 2 if square and layers[name].error else 1.0
-            for name, square in squares.items()
-        }
+        measured = {name: square / max(layers[name].error, MIN_ERROR) ** 2 for name, square in squares.items()}
+        return {}, {name: effect if 0 < effect < math.inf else 1.0 for name, effect in measured.items()}
 
     return session.run.cached("effects", key, measure)[1]
 
