@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -62,23 +61,6 @@ def find_output(model: nn.Module, batch: CalibrationBatch) -> NetworkOutput:
     if trace.module is None:
         raise ValueError("expected a module with parameters that returns a tensor, got none: the network has no output")
     return NetworkOutput(trace.module, trace.is_logits)
-
-
-@contextmanager
-def only_trainable(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """A `with` in which only these parameters have gradients, none at first."""
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-            parameter.grad = None
-        yield
-    finally:
-        for parameter, requires_grad, gradient in before:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
 
 
 class _LastOutput(TorchDispatchMode):

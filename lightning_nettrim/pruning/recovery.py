@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nettrim.calibration.batch import evaluation_mode
-from lightning_nettrim.calibration.network_output import NetworkOutput, find_output, only_trainable
+from lightning_nettrim.calibration.network_output import NetworkOutput, find_output
 from lightning_nettrim.calibration.sampling import CalibrationSet
 from lightning_nettrim.layers import Layer, joined, masking
 from lightning_nettrim.pruning.results import RecoveryReport
@@ -94,7 +95,7 @@ class Distillation(Recovery):
             training = len(task.targets) - max(1, round(self.holdout * len(task.targets)))
             before = best = task.mean_loss(range(training, len(task.targets)))
             best_values, best_step = pruned, 0
-            with only_trainable(model, parameters.values()):
+            with _only_trainable(model, parameters):
                 optimizer = torch.optim.Adam(parameters.values(), lr=self.lr)
                 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.max_steps)
                 for step, index in enumerate(self._order(training), 1):
@@ -193,6 +194,23 @@ def _make_task(session: CalibrationSession, loss: str) -> _Task:
     finally:
         session.restore(pruned)
     return _Task(session, calibration_set, output, name, targets)
+
+
+@contextmanager
+def _only_trainable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
+    """A `with` in which only these parameters have gradients."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+    try:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+            parameter.grad = None
+        yield
+    finally:
+        for parameter, requires_grad, gradient in before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
 
 
 def _finish_gradient(session: CalibrationSession, parameter: nn.Parameter, mask: Tensor | None) -> None:

@@ -9,49 +9,35 @@ import torch
 from torch import Tensor
 
 from lightning_nettrim.calibration.batch import evaluation_mode
-from lightning_nettrim.calibration.network_output import find_output, only_trainable
+from lightning_nettrim.calibration.network_output import find_output
 from lightning_nettrim.layers import masking
 from lightning_nettrim.pruning.allocation.curves import MIN_ERROR, MeasuredLayer
 from lightning_nettrim.pruning.session import CalibrationSession, retried, with_smaller_batches
-from lightning_nettrim.runtime.distributed import is_out_of_memory
 from lightning_nettrim.runtime.fingerprint import fingerprint
 
-DRAWS = 32
-"""Minimum number of batches, each with random signs and a network between the trained and the pruned one of its own."""
-
-MIN_INPUTS, MIN_ROWS = 64, 512
-"""Minimum numbers of inputs, and of rows of the last layer, on which effects are measured."""
+MAX_ROWS, PART = 512, 4
+"""Effects are measured on one PARTth of the inputs, or on fewer if these give the last layer MAX_ROWS rows."""
 
 
 def measure_effects(session: CalibrationSession, layers: Mapping[str, MeasuredLayer]) -> dict[str, float]:
-    r"""Effects of layers: relative squared change of the output per squared local error of one layer.
+    """Effects of layers: relative squared change of the output per squared local error of one layer.
 
-    Let Δ be the change of a layer's parameters when it is pruned alone, δ its local error then, and J the derivative of
-    the network's output y by these parameters. The effect is E‖JΔ‖²/(‖y‖²δ²) over batches and networks in which the
-    parameters of *all* layers are moved by tΔ, t between 0 and 1. In the trained network alone, the effects of layers
-    that can replace each other, such as the branches of a residual block, would be underestimated.
-
-    ‖JΔ‖² is the mean of (vᵀJΔ)² over random signs v, so that one backward pass on a batch serves all layers
-    (Hutchinson's estimator).
+    Let Δ be the change of a layer's parameters when it is pruned alone, and δ its local error then. In a network in
+    which the parameters of *all* layers are moved by Δ/2, one layer gets its trained parameters back, which changes
+    the output y by d: the effect is ‖2d‖²/(‖y‖²δ²). In the trained network, the effects of layers that can replace each
+    other, such as the branches of a residual block, would be underestimated.
 
     Returns:
         ``{name: effect}``. It is 1, as that of the last layer, for layers that do not influence the output found by
-        `find_output` or let it overflow, and for all layers of a network without gradients. The model has its trained
-        weights.
+        `find_output` or let it overflow. The model has its trained weights.
     """
     key = fingerprint(session.fingerprint, {name: fingerprint(layer.values) for name, layer in layers.items()})
 
     def measure() -> tuple[dict[str, Tensor], dict[str, float]]:
         session.run.progress.activity = "measuring the effects of layers on the output"
-        session.run.progress.report("measuring effects", 0.0)
         try:
             with evaluation_mode(session.model):
                 squares, _ = retried(session, lambda s: _relative_squares(s, layers), with_smaller_batches)
-        except (RuntimeError, ValueError) as error:
-            if is_out_of_memory(error):
-                raise
-            session.run.note(f"zeros are distributed by local errors, because the output has no gradients: {error}")
-            squares = dict.fromkeys(layers, 0.0)
         finally:
             session.restore()
         measured = {name: square / max(layers[name].error, MIN_ERROR) ** 2 for name, square in squares.items()}
@@ -61,37 +47,32 @@ def measure_effects(session: CalibrationSession, layers: Mapping[str, MeasuredLa
 
 
 def _relative_squares(session: CalibrationSession, layers: Mapping[str, MeasuredLayer]) -> dict[str, float]:
-    """E‖JΔ‖²/‖y‖² of each layer; the model is left with changed weights."""
-    model, parameters = session.model, dict(session.model.named_parameters())
-    changes = {
-        name: {key: value.to(session.dense[key]) - session.dense[key] for key, value in layer.values.items()}
+    """‖2d‖²/‖y‖² of each layer; the model is left with changed weights."""
+    model, dense, calibration_set = session.model, session.dense, session.activations.calibration_set
+    rows = MAX_ROWS / session.processes.count * calibration_set.inputs / session.plan.rows[session.last]
+    part = calibration_set.divided(PART).first(min(math.ceil(rows), calibration_set.inputs // PART))
+    halfway = {
+        name: {key: torch.lerp(dense[key], value.to(dense[key]), 0.5) for key, value in layer.values.items()}
         for name, layer in layers.items()
     }
-    keys = [key for change in changes.values() for key in change]
-    tuned = [parameters[key] for key in keys]
-    inputs = session.activations.calibration_set.inputs
-    rows = math.ceil(MIN_ROWS * inputs / session.plan.rows[session.last])
-    batches = session.activations.first_inputs(max(MIN_INPUTS, rows)).calibration_set.divided(DRAWS)
-    squares, energy = torch.zeros(len(layers), dtype=torch.float64), 0.0
-    generator = torch.Generator().manual_seed(session.config.seed + session.processes.rank)
-    with session.processes.raise_together(), only_trainable(model, tuned):
-        output = find_output(model, batches[0])
-        count = max(DRAWS, len(batches))
-        for draw in range(count):
-            t = (draw + 0.5) / count
-            for change in changes.values():
-                masking.assign(model, {key: session.dense[key] + t * delta for key, delta in change.items()})
-            with torch.enable_grad():
-                y = output.of(model, batches[draw % len(batches)])
-            signs = (torch.randint(0, 2, y.shape, generator=generator) * 2 - 1).to(y)
-            gradients = dict(zip(keys, torch.autograd.grad(y, tuned, signs, allow_unused=True), strict=True))
-            squares += torch.tensor([_inner(gradients, change) ** 2 for change in changes.values()])
-            energy += float(y.detach().double().square().sum())
-    total = session.processes.sum(torch.cat([squares, torch.tensor([energy], dtype=torch.float64)]))
+    squares, energy = dict.fromkeys(layers, 0.0), 0.0
+    with session.processes.raise_together():
+        session.restore()
+        output = find_output(model, part[0])
+        for i, batch in enumerate(part):
+            session.run.progress.report("measuring effects", i / len(part))
+            for values in halfway.values():
+                masking.assign(model, values)
+            y = output.of(model, batch)
+            energy += _square(y)
+            for name, values in halfway.items():
+                masking.assign(model, {key: dense[key] for key in values})
+                squares[name] += _square(2 * (output.of(model, batch) - y))
+                masking.assign(model, values)
+    total = session.processes.sum(torch.tensor([*squares.values(), energy], dtype=torch.float64))
     return dict(zip(layers, (total[:-1] / total[-1].clamp(min=1e-30)).tolist(), strict=True))
 
 
-def _inner(gradients: Mapping[str, Tensor | None], change: Mapping[str, Tensor]) -> float:
-    """The inner product of the gradients of a layer's parameters with their change."""
-    pairs = ((gradients[key], delta) for key, delta in change.items())
-    return sum(float((g * delta).sum(dtype=torch.float64)) for g, delta in pairs if g is not None)
+def _square(values: Tensor) -> float:
+    """Sum of the squares, in float64."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
