@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_nettrim.calibration.batch import Forward, call, evaluation_mode
 from lightning_nettrim.core.pattern import Pattern
+from lightning_nettrim.core.precision import matmul_precision
 from lightning_nettrim.layers import check_model
 from lightning_nettrim.pruning.allocation.base import Allocation
 from lightning_nettrim.pruning.allocation.named import allocate as allocate_budgets
@@ -171,6 +172,7 @@ def trim(
     return result
 
 
+@matmul_precision("highest")
 def prune_model(
     model: nn.Module,
     source: CalibrationSource,
@@ -227,6 +229,7 @@ def prune_model(
     return replace(result, seconds=time.perf_counter() - start, peak_memory=meter.peak / GIB)
 
 
+@matmul_precision("highest")
 def check_pruning(model: nn.Module, source: CalibrationSource, config: PruningConfig) -> None:
     """Record a batch and solve the smallest layer, so that what cannot work fails early; the model is not changed.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, ClassVar, NamedTuple
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_nettrim.core.certificate import duality_gap, violation
+from lightning_nettrim.core.precision import matmul_precision
 from lightning_nettrim.core.problem import LayerProblem
 from lightning_nettrim.core.reductions import norm
 from lightning_nettrim.core.validation import validate
@@ -220,14 +221,8 @@ def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None, *,
 @contextmanager
 def coarse_products(allowed: bool) -> Iterator[None]:
     """A `with` in which float32 matrix products may use TF32 or, on the CPU, torch's "medium" precision."""
-    before = torch.get_float32_matmul_precision()
-    if allowed:
-        torch.set_float32_matmul_precision("medium")
-    try:
+    with matmul_precision("medium") if allowed else nullcontext():
         yield
-    finally:
-        if allowed:
-            torch.set_float32_matmul_precision(before)
 
 
 def _subset(state: Any, which: Tensor) -> Any:
@@ -244,7 +239,7 @@ def _merged(parts: list[tuple[Tensor, Any]]) -> Any:
 
 
 def solve(problem: LayerProblem, solver: Solver, warm: Any = None) -> Solution:
-    """Validate a problem and solve it, without gradients.
+    """Validate a problem and solve it, without gradients and in full float32 precision.
 
     Args:
         problem: the problem of a layer.
@@ -257,6 +252,6 @@ def solve(problem: LayerProblem, solver: Solver, warm: Any = None) -> Solution:
     Raises:
         ValueError: if the problem is malformed. A solve that does not converge raises nothing.
     """
-    with torch.no_grad():
+    with torch.no_grad(), matmul_precision("highest"):
         problem = validate(problem)
         return solver.solve(problem) if warm is None else solver.solve(problem, warm)

@@ -12,7 +12,7 @@ from torch import Tensor
 from lightning_nettrim.core.problem import LayerProblem
 from lightning_nettrim.core.prox import project_pattern, project_responses
 from lightning_nettrim.core.streaming import gram, select_rows
-from lightning_nettrim.solvers.base import Solution, Solver, coarse_products
+from lightning_nettrim.solvers.base import Solution, Solver
 from lightning_nettrim.solvers.refitting import distance, rare_input_ridge, refit
 
 FINAL_RHO = 3.0
@@ -76,8 +76,6 @@ class Cardinality(Solver):
         rho_start: initial ρ, relative to the mean eigenvalue of H.
         rho_end: ρ, relative to the same, up to which it grows geometrically before the support is fixed.
         row_parts: number of parts of the rows; T is updated on one of them in each step.
-        tf32: allow faster float32 formats for the products of a step: TF32 on CUDA, torch's "medium" precision on the
-            CPU.
 
     References:
         Meng, Behdin, Wang, Mazumder, "ALPS", NeurIPS 2024, Section 3, for ADMM at a cardinality with a growing ρ.
@@ -90,7 +88,6 @@ class Cardinality(Solver):
     rho_start: float = 0.02
     rho_end: float = 0.5
     row_parts: int = 4
-    tf32: bool = True
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -145,19 +142,18 @@ class Cardinality(Solver):
             return full
 
         for step in range(self.max_steps):
-            with coarse_products(self.tf32):
-                if step % STEPS_PER_RHO == 0:
-                    inverse = spectrum.inverse(rho + problem.ridge, W.shape[-1])
-                b = unscale * (total[:, rows] - regression.mT @ total[:, free]) + trained
-                W = inverse((S - U).mul_(rho).add_(b))  # W-update
-                U += W
-                S = torch.where(problem.keep_largest(U.square(), kept), U, 0)  # S-update
-                U -= S  # dual ascent
-                if problem.Omega is not None:
-                    part = step % len(parts)
-                    product = _target_product(problem, parts[part], complete(W))  # T-update
-                    total += product - products[part]
-                    products[part] = product
+            if step % STEPS_PER_RHO == 0:
+                inverse = spectrum.inverse(rho + problem.ridge, W.shape[-1])
+            b = unscale * (total[:, rows] - regression.mT @ total[:, free]) + trained
+            W = inverse((S - U).mul_(rho).add_(b))  # W-update
+            U += W
+            S = torch.where(problem.keep_largest(U.square(), kept), U, 0)  # S-update
+            U -= S  # dual ascent
+            if problem.Omega is not None:
+                part = step % len(parts)
+                product = _target_product(problem, parts[part], complete(W))  # T-update
+                total += product - products[part]
+                products[part] = product
             if step % STEPS_PER_RHO == STEPS_PER_RHO - 1:
                 factor = growth[step // STEPS_PER_RHO]
                 rho = rho * factor

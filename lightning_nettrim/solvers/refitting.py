@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nettrim.core.activation import Rectifier
+from lightning_nettrim.core.precision import matmul_precision
 from lightning_nettrim.core.problem import LayerProblem
 from lightning_nettrim.core.prox import project_responses
 from lightning_nettrim.core.reductions import norm
@@ -26,6 +27,7 @@ DAMPING = 1e-7
 """Ridge of the normal equations relative to the mean diagonal of XᵀX; above 1e-6 it costs accuracy."""
 
 
+@matmul_precision("highest")
 def refit(
     problem: LayerProblem, W: Tensor, *, max_steps: int = 8, cg_steps: int = 30, rtol: float = 1e-6, tf32: bool = True
 ) -> Tensor:

@@ -10,7 +10,7 @@ class TestADMM(SolverContract):
 
 
 class TestCardinality(SolverContract):
-    solver = Cardinality(tf32=False)
+    solver = Cardinality()
 
 
 class TestMagnitude(SolverContract):
