@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import convex, llama, memory, networks, oneshot, processes
+from benchmarks import convex, llama, memory, networks, oneshot, pitch, processes
 from benchmarks.peers import Unavailable
 from benchmarks.plots import plot_accuracy, plot_convergence
 from benchmarks.report import Row, column_titles, header, line, write
@@ -19,6 +19,7 @@ BENCHMARKS = {
     "oneshot": oneshot,
     "networks": networks,
     "llama": llama,
+    "pitch": pitch,
     "memory": memory,
     "processes": processes,
 }
@@ -124,6 +125,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_integer(command, default, "samples", "number of calibration windows")
     command.add_argument("--budgets", type=float, nargs="+", default=[*default.budgets], help="sparsities")
     command.add_argument("--methods", nargs="+", default=[], choices=[*llama.METHODS], help="default: all")
+
+    command = commands.add_parser("pitch", help="a 1-D convolutional network without retraining, by every method")
+    default = pitch.Settings()
+    _add_out(command, default)
+    _add_integer(command, default, "epochs", "number of training epochs")
+    _add_integer(command, default, "samples", "number of calibration frames")
+    command.add_argument("--budgets", type=float, nargs="+", default=[*default.budgets], help="sparsities")
+    command.add_argument("--methods", nargs="+", default=[], choices=[*pitch.METHODS], help="default: all")
 
     command = commands.add_parser("memory", help="peak memory while a large network is pruned, by max_memory")
     default = memory.Settings()

@@ -6,7 +6,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,18 +119,20 @@ class CalibrationBatch:
         batch: the batch, on any device.
         forward: function that runs it through a model.
         seed: seed of the random number generators.
+        reuse: returns a `with` in which the batch is run.
     """
 
     batch: Any
     forward: Forward = call
     seed: int = 0
+    reuse: Callable[[], AbstractContextManager[None]] = nullcontext
 
     def __call__(self, model: nn.Module) -> Any:
         """Run the batch on the device of the model's parameters, with autocast disabled."""
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         batch = to_device(self.batch, device)
-        with _seeded(self.seed, device), torch.autocast(device.type, enabled=False):
+        with _seeded(self.seed, device), torch.autocast(device.type, enabled=False), self.reuse():
             return self.forward(model, batch)
 
     def run_until_stopped(self, model: nn.Module) -> None:

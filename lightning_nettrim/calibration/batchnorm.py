@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nettrim.calibration.batch import CalibrationBatch
+from lightning_nettrim.calibration.batch import CalibrationBatch, StopForward
 from lightning_nettrim.layers import joined
 from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
@@ -73,15 +73,23 @@ def reestimate_preserving_output(
 def _statistics(
     model: nn.Module, names: Sequence[str], batches: Iterable[CalibrationBatch], processes: ProcessGroup
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """``{name: (mean, variance)}``: unbiased statistics of the inputs of modules by channel, over all processes."""
+    """``{name: (mean, variance)}``: unbiased statistics of the inputs of modules by channel, over all processes.
+
+    Each forward pass after the first ends when the modules have been called as often as in the first.
+    """
     moments: dict[str, Moments] = {}
+    calls = in_first = 0
 
     def update(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal calls
             x = args[0].detach().transpose(0, 1).flatten(1)
             variance, mean = torch.var_mean(x, 1, correction=0)
             batch_moments = x.shape[1], mean.double(), variance.double()
             moments[name] = _pooled(moments[name], batch_moments) if name in moments else batch_moments
+            calls += 1
+            if calls == in_first:
+                raise StopForward
 
         return hook
 
@@ -90,7 +98,9 @@ def _statistics(
             stack.callback(model.get_submodule(name).register_forward_pre_hook(update(name)).remove)
         if names:
             for batch in batches:
-                batch(model)
+                calls = 0
+                batch.run_until_stopped(model)
+                in_first = in_first or calls
     pooled = {name: reduce(_pooled, _gathered(own, processes)) for name, own in moments.items()}
     return {name: (mean, variance * n / max(n - 1, 1)) for name, (n, mean, variance) in pooled.items()}
 

@@ -45,6 +45,12 @@ def resident_bytes(layers: Mapping[str, Layer], rows: Mapping[str, int], availab
     return 3 * weights + min(stored, available)
 
 
+def layer_bytes(layer: Layer, rows: int) -> int:
+    """Bytes that recording and solving a layer take."""
+    recordings = (recording_bytes(layer, rows, inputs) for inputs in (True, False))
+    return max(*recordings, solving_bytes(layer, rows))
+
+
 def max_rows_within(layer: Layer, rows: int, available: float) -> int:
     """Number of rows of a layer that can be recorded and solved within the available memory.
 
@@ -53,13 +59,7 @@ def max_rows_within(layer: Layer, rows: int, available: float) -> int:
         rows: upper limit, which is halved until the memory suffices, but not below ``MIN_ROWS``.
         available: bytes.
     """
-
-    def needed(count: int) -> int:
-        return max(
-            recording_bytes(layer, count, True), recording_bytes(layer, count, False), solving_bytes(layer, count)
-        )
-
-    while rows > MIN_ROWS and needed(rows) > available:
+    while rows > MIN_ROWS and layer_bytes(layer, rows) > available:
         rows = max(rows // 2, MIN_ROWS)
     return rows
 

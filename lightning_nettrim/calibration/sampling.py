@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_nettrim.calibration.batch import CalibrationBatch, Forward, call, inputs_are_independent
 from lightning_nettrim.calibration.nested import Structure, common_length, count_inputs, flatten
+from lightning_nettrim.calibration.output_cache import OutputCache
 from lightning_nettrim.runtime.offload import StoredTensors, TensorStore
 
 _TENSOR = object()  # placeholder for a tensor among the leaves of a batch
@@ -164,10 +167,17 @@ class CalibrationSet(Sequence[CalibrationBatch]):
         batches: the stored batches.
         inputs: number of inputs in all batches.
         forward: function that runs a batch through a model.
+        cache: outputs of layers that are kept between forward passes; ``None`` keeps none.
     """
 
-    def __init__(self, batches: Sequence[_StoredBatch], inputs: int, forward: Forward = call) -> None:
-        self._batches, self._forward, self.inputs = list(batches), forward, inputs
+    def __init__(
+        self,
+        batches: Sequence[_StoredBatch],
+        inputs: int,
+        forward: Forward = call,
+        cache: OutputCache | None = None,
+    ) -> None:
+        self._batches, self._forward, self.inputs, self.cache = list(batches), forward, inputs, cache
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -183,8 +193,11 @@ class CalibrationSet(Sequence[CalibrationBatch]):
         """One batch, loaded, or a calibration set of several batches, not loaded."""
         if isinstance(index, slice):
             batches = self._batches[index]
-            return CalibrationSet(batches, max(1, self.inputs * len(batches) // max(len(self), 1)), self._forward)
-        return CalibrationBatch(self._batches[index].load(), self._forward, seed=index)
+            inputs = max(1, self.inputs * len(batches) // max(len(self), 1))
+            return CalibrationSet(batches, inputs, self._forward, self.cache)
+        stored = self._batches[index]
+        reuse = nullcontext if self.cache is None else partial(self.cache.reused, stored)
+        return CalibrationBatch(stored.load(), self._forward, seed=index, reuse=reuse)
 
     def first(self, inputs: int) -> CalibrationSet:
         """The calibration set of the first batches, with about the given number of inputs."""
@@ -193,7 +206,11 @@ class CalibrationSet(Sequence[CalibrationBatch]):
     def with_smaller_batches(self) -> CalibrationSet:
         """The same inputs in batches of half the size, where batches can be split."""
         halves = [half for batch in self._batches for half in batch.halves()]
-        return CalibrationSet(halves, self.inputs, self._forward)
+        return CalibrationSet(halves, self.inputs, self._forward, self.cache)
+
+    def with_cache(self, cache: OutputCache) -> CalibrationSet:
+        """The same batches, run with a cache of the outputs of layers."""
+        return CalibrationSet(self._batches, self.inputs, self._forward, cache)
 
     def divided(self, batches: int) -> CalibrationSet:
         """The same inputs in at least so many batches, or in as many as possible."""

@@ -147,6 +147,8 @@ def retried(
 def with_smaller_batches(session: CalibrationSession) -> CalibrationSession:
     """The same session with half the inputs at a time."""
     smaller = session.activations.calibration_set.with_smaller_batches()
+    if smaller.cache is not None:
+        smaller.cache.disable()
     session.run.note(f"out of memory while {session.run.progress.activity}: half the inputs at a time")
     return replace(session, activations=replace(session.activations, calibration_set=smaller))
 

@@ -12,8 +12,9 @@ from torch import nn
 
 from lightning_nettrim.calibration.activations import Activations
 from lightning_nettrim.calibration.batch import Forward, call, evaluation_mode
-from lightning_nettrim.calibration.memory_model import max_rows_within, resident_bytes
+from lightning_nettrim.calibration.memory_model import layer_bytes, max_rows_within, resident_bytes
 from lightning_nettrim.calibration.nested import flatten
+from lightning_nettrim.calibration.output_cache import OutputCache
 from lightning_nettrim.calibration.reference import ReferenceOutputs
 from lightning_nettrim.calibration.sampling import CalibrationSet, sample_inputs
 from lightning_nettrim.layers import joined, masking
@@ -108,6 +109,9 @@ def start_session(
     }
     key = "" if run.resume is None else _key(model, config, plan, calibration_set, run.processes)
     rows = _rows(config, plan, run, key)
+    needed = min(run.available, max(layer_bytes(layer, rows[name]) for name, layer in plan.layers.items()))
+    cache = OutputCache(model, plan.layers, plan.contexts, plan.batchnorms, (run.available - needed) / 2)
+    calibration_set, run = calibration_set.with_cache(cache), replace(run, available=(run.available + needed) / 2)
     batchnorms = [name for name, layer in plan.batchnorms.items() if layer is not None]
     batchnorms = batchnorms if config.recalibrate_batchnorm else []
     changed = {key for folded in folded_layers.values() for key in folded.written_names}

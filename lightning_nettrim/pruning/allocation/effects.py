@@ -65,7 +65,7 @@ def _relative_squares(session: CalibrationSession, layers: Mapping[str, Measured
                 masking.assign(model, values)
             y = output.of(model, batch)
             energy += _square(y)
-            for name, values in halfway.items():
+            for name, values in reversed(halfway.items()):  # so that the layers before are not computed again
                 masking.assign(model, {key: dense[key] for key in values})
                 squares[name] += _square(2 * (output.of(model, batch) - y))
                 masking.assign(model, values)
