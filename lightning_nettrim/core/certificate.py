@@ -53,8 +53,8 @@ def dual_bound(problem: LayerProblem, nu: Tensor) -> Tensor:
     made feasible first: clipped off Ω, shifted on Ω until Xᵀν vanishes on free rows, then scaled column by column.
     """
     lam = problem.lambdas
-    free = (lam == 0).squeeze(-1)
-    shift, solved = _balance_free_rows(problem, nu, free) if bool(free.any()) else (None, 1.0)
+    free = problem.free_rows
+    shift, solved = _balance_free_rows(problem, nu, free) if len(free) else (None, 1.0)
     slope = torch.zeros_like(problem.W)
     for rows, part in row_blocks(problem):
         slope += part.X.mT @ _clipped(part, nu[..., rows, :], free, shift)
@@ -90,7 +90,10 @@ def _balance_free_rows(problem: LayerProblem, nu: Tensor, free: Tensor) -> tuple
         total = total + (clipped.mT @ A).unsqueeze(-1)  # (*batch, M, F, 1)
         normal = normal + (on.mT @ pairs).unflatten(-1, total.shape[-2:-1] * 2)
     total, normal = problem.processes.sum(total), problem.processes.sum(normal)
-    shift = torch.linalg.pinv(normal, hermitian=True) @ total
+    if len(free) == 1:  # without a factorization, for whose success the host would wait
+        shift = torch.where(normal > 0, total / normal, 0)
+    else:
+        shift = torch.linalg.pinv(normal, hermitian=True) @ total
     residual = torch.linalg.vector_norm(total - normal @ shift, dim=(-2, -1))
     solved = residual <= 1e-9 * torch.linalg.vector_norm(total, dim=(-2, -1)).clamp(min=1e-300)
     return shift.squeeze(-1).mT.to(nu), solved.unsqueeze(-2).to(nu)

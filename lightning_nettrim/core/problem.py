@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,6 +83,16 @@ class LayerProblem:
             return self.Y.new_ones(self.X.shape[-1], 1)
         return self.penalty.unsqueeze(-1)
 
+    @cached_property
+    def free_rows(self) -> Tensor:
+        """Indices of the rows with λ = 0; the host waits for the device only when they are computed."""
+        return (self.lambdas == 0).squeeze(-1).nonzero().squeeze(-1)
+
+    @cached_property
+    def penalized_rows(self) -> Tensor:
+        """Indices of the rows with λ > 0; the host waits for the device only when they are computed."""
+        return (self.lambdas > 0).squeeze(-1).nonzero().squeeze(-1)
+
     @property
     def kept_blocks(self) -> int:
         """Number of blocks that ``sparsity`` keeps in each set of the pattern, in each layer of the batch."""
@@ -99,7 +110,7 @@ class LayerProblem:
 
     @property
     def _prunable_shape(self) -> tuple[int, int]:
-        return int((self.lambdas > 0).sum()), self.groups * self.Y.shape[-1]
+        return len(self.penalized_rows), self.groups * self.Y.shape[-1]
 
     @property
     def _required_sparsity(self) -> float:
@@ -200,8 +211,8 @@ class LayerProblem:
         return self._map_tensors(lambda t: t.reshape(-1, *t.shape[len(self.batch) :]))
 
     def subset(self, which: Tensor) -> LayerProblem:
-        """The problems of a flat batch that a mask selects; expanded tensors stay expanded."""
-        count = int(which.sum())
+        """The problems of a flat batch at the given indices; expanded tensors stay expanded."""
+        count = len(which)
         return self._map_tensors(lambda t: t[:1].expand(count, *t.shape[1:]) if t.stride(0) == 0 else t[which])
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> LayerProblem:

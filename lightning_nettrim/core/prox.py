@@ -85,7 +85,7 @@ def project_pattern(problem: LayerProblem, S: Tensor, score: Tensor | None = Non
         S: ``(*batch, N, M)``.
         score: ``(*batch, N, M)`` ≥ 0, summed over each block; ``None`` is S².
     """
-    penalized = (problem.lambdas > 0).squeeze(-1)
+    penalized = problem.penalized_rows
     part, trained = S[..., penalized, :], problem.W[..., penalized, :]
     score = part.square() if score is None else score[..., penalized, :]
     tiny = torch.finfo(S.dtype).tiny

@@ -83,7 +83,7 @@ class ADMM(IterativeSolver):
         if warm is not None:
             return warm
         penalized = problem.lambdas > 0
-        kappa, inverse = _factor(problem, penalized.squeeze(-1))
+        kappa, inverse = _factor(problem)
         S = torch.where(penalized, 0, problem.W)
         mean_weight = problem.objective(problem.W)[..., None, None] / (penalized.sum() * S.shape[-1])
         tau = 0.15 * torch.where(mean_weight > 0, mean_weight, 1)
@@ -223,10 +223,10 @@ def _adjoint(problem: LayerProblem, E: Tensor, g: Tensor, beta: int = 0) -> None
     g.copy_(problem.processes.sum(g))
 
 
-def _factor(problem: LayerProblem, penalized: Tensor) -> tuple[Tensor, Tensor]:
+def _factor(problem: LayerProblem) -> tuple[Tensor, Tensor]:
     """κ, ``(B, N, 1)``: the mean energy of the penalized inputs, 0 on free rows; and (XᵀX + κ)⁻¹, ``(B, N, N)``."""
     H = gram(problem)
-    energy = _mean_energy(H, penalized)
+    energy, penalized = _mean_energy(problem, H), (problem.lambdas > 0).squeeze(-1)
     kappa = torch.where(penalized.unsqueeze(-1), energy, 0)
     # small damping, a proximal term of the W-update, for free rows that are zero or linearly dependent
     H.diagonal(dim1=-2, dim2=-1).add_(torch.where(penalized, energy[..., 0], 1e-6 * energy[..., 0]))
@@ -234,12 +234,13 @@ def _factor(problem: LayerProblem, penalized: Tensor) -> tuple[Tensor, Tensor]:
     return kappa.to(problem.W), inverse.to(problem.W)
 
 
-def _mean_energy(H: Tensor, penalized: Tensor) -> Tensor:
+def _mean_energy(problem: LayerProblem, H: Tensor) -> Tensor:
     """``(B, 1, 1)``: mean diagonal of H over the penalized rows after elimination of the free rows."""
+    penalized, free = problem.penalized_rows, problem.free_rows
     diagonal = H.diagonal(dim1=-2, dim2=-1)[..., penalized]
-    if not bool(penalized.all()):
-        F = H[..., ~penalized, :]
+    if len(free):
+        F = H[..., free, :]
         B = F[..., penalized]
-        diagonal = diagonal - (B * (torch.linalg.pinv(F[..., ~penalized], hermitian=True) @ B)).sum(-2)
+        diagonal = diagonal - (B * (torch.linalg.pinv(F[..., free], hermitian=True) @ B)).sum(-2)
     energy = diagonal.mean(-1).clamp(min=0)
     return torch.where(energy > 0, energy, 1)[..., None, None]

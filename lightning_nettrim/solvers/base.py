@@ -194,19 +194,21 @@ def iterate(problem: LayerProblem, solver: IterativeSolver, warm: Any = None, *,
         solved = (primal <= 1) & (gap >= 0) & (gap <= solver.rtol) & ~lost
         beyond = best > 1e3 * torch.maximum(trained[left], now.objective)
         infeasible = beyond & (now.violation > solver.atol) & ~lost
-        kept = left[~lost]
         for best_known, value in zip((W, objective, bound, excess), now._replace(bound=best)[:4], strict=True):
-            best_known[kept] = value[~lost]
+            keeps = lost.reshape(-1, *(1,) * (value.dim() - 1))
+            best_known[left] = torch.where(keeps, best_known[left], value)
         for flag, name in ((solved, Status.CONVERGED), (infeasible, Status.INFEASIBLE), (lost, Status.NONFINITE)):
-            status[left[flag]] = int(name)
+            status[left] = torch.where(flag, int(name), status[left])
         done = solved | infeasible | lost
-        steps[left[done]] = step
-        if bool(done.all()) or step == solver.max_steps:
+        steps[left] = torch.where(done, step, steps[left])
+        over = done.cpu().tolist()  # the host waits for the device here only
+        if all(over) or step == solver.max_steps:
             break
         lag = primal / (gap.clamp(min=0) / solver.rtol)
-        if bool(done.any()):
-            finished.append((left[done], _subset(state, done)))
-            left, lag, state, problem = left[~done], lag[~done], _subset(state, ~done), problem.subset(~done)
+        if any(over):
+            ended, running = _indices(over, left), _indices([not ended for ended in over], left)
+            finished.append((left[ended], _subset(state, ended)))
+            left, lag, state, problem = left[running], lag[running], _subset(state, running), problem.subset(running)
         moving = adaptive and step <= solver.max_steps // 2
         state = solver.adapt(problem, state, lag if moving else None)
     state = _merged([*finished, (left, state)])
@@ -225,8 +227,13 @@ def coarse_products(allowed: bool) -> Iterator[None]:
         yield
 
 
+def _indices(flags: list[bool], like: Tensor) -> Tensor:
+    """The positions of the set flags, on the device of a tensor."""
+    return torch.tensor([i for i, flag in enumerate(flags) if flag], dtype=like.dtype).to(like.device)
+
+
 def _subset(state: Any, which: Tensor) -> Any:
-    """The state of a subset of the batch."""
+    """The state of the problems at the given indices of the batch."""
     return type(state)(*(t[which] for t in state))
 
 

@@ -73,7 +73,7 @@ class SparseGPT(Solver):
     def solve(self, problem: LayerProblem, warm: Any = None) -> Solution:
         """Solve a problem with a ``sparsity``; there is no certificate."""
         whole, problem = problem, problem.flattened()
-        rows = (problem.lambdas > 0).squeeze(-1).nonzero().squeeze(-1)
+        rows = problem.penalized_rows
         root = self._root(problem, rows)
         diagonal = root.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
         W, kept_before = problem.W[:, rows].clone(), 0

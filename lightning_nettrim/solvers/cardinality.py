@@ -121,9 +121,7 @@ class Cardinality(Solver):
 
     def _run(self, problem: LayerProblem, spectrum: Spectrum) -> Tensor:
         """The weights of a flat batch."""
-        penalized = (problem.lambdas > 0).squeeze(-1)
-        rows, free = penalized.nonzero().squeeze(-1), (~penalized).nonzero().squeeze(-1)  # indices: no host sync
-        kept = problem.kept_blocks  # computed once, as it synchronizes with the host
+        rows, free, kept = problem.penalized_rows, problem.free_rows, problem.kept_blocks
         scale, _, _, regression, free_inverse, rare_ridge = spectrum
         unscale = torch.where(scale > 0, 1 / scale, 0)
         parts = _row_parts(problem, self.row_parts)
@@ -191,12 +189,12 @@ def _better_of_magnitude(problem: LayerProblem, W: Tensor) -> Tensor:
 
 def compute_spectrum(problem: LayerProblem) -> Spectrum:
     """The eigendecomposition of the scaled Gram matrices of a flat batch."""
-    penalized = (problem.lambdas > 0).squeeze(-1)
-    if problem.processes.count == 1 and problem.X.shape[-2] < int(penalized.sum()):
-        return _spectrum_of_few_samples(problem, penalized)
+    penalized, free = problem.penalized_rows, problem.free_rows
+    if problem.processes.count == 1 and problem.X.shape[-2] < len(penalized):
+        return _spectrum_of_few_samples(problem)
     H = gram(problem)
-    rows = H[:, ~penalized]
-    free_inverse = torch.linalg.pinv(rows[..., ~penalized], hermitian=True)
+    rows = H[:, free]
+    free_inverse = torch.linalg.pinv(rows[..., free], hermitian=True)
     regression = free_inverse @ rows[..., penalized]
     H = H[:, penalized][..., penalized]
     energy = H.diagonal(dim1=-2, dim2=-1).unsqueeze(-1)
@@ -212,10 +210,10 @@ def compute_spectrum(problem: LayerProblem) -> Spectrum:
     )  # fmt: skip
 
 
-def _spectrum_of_few_samples(problem: LayerProblem, penalized: Tensor) -> Spectrum:
+def _spectrum_of_few_samples(problem: LayerProblem) -> Spectrum:
     """The spectrum for fewer samples than inputs, from AAᵀ, ``(P, P)``, whose nonzero eigenvalues are those of AᵀA."""
     X = problem.X.to(problem.Y.device)
-    A, free = X[..., penalized], X[..., ~penalized]
+    A, free = X[..., problem.penalized_rows], X[..., problem.free_rows]
     free_inverse = torch.linalg.pinv((free.mT @ free).double(), hermitian=True)
     regression = (free_inverse @ (free.mT @ A).double()).to(A)
     energy = A.square().sum(-2).unsqueeze(-1)

@@ -64,6 +64,6 @@ def test_a_subset_of_a_flattened_batch():
     epsilon = torch.tensor(1.0).expand(2, 2)
     flattened = LayerProblem(X, Y, W, epsilon=epsilon).flattened()
     assert flattened.batch == (4,)
-    part = flattened.subset(torch.tensor([True, False, False, True]))
+    part = flattened.subset(torch.tensor([0, 3]))
     assert torch.equal(part.X, torch.stack([members[0].X, members[3].X]))
     assert part.epsilon.tolist() == [1, 1]
