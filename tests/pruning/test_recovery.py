@@ -242,6 +242,25 @@ def test_block_by_block_the_error_falls_on_other_data_and_only_one_window_has_gr
     assert all(not bool(parameters[name][~mask].any()) for name, mask in result.masks.items())
 
 
+def test_a_backward_pass_keeps_the_activations_of_one_window():
+    def most_saved(scope):
+        saved = [0]
+
+        def pack(tensor):
+            saved[-1] += tensor.numel()
+            return tensor
+
+        def start(phase, fraction):
+            saved.append(0)
+
+        model, recover = transformer(), Distillation(scope=scope, max_steps=5)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            trim(model, vectors(640, 2).split(64), **PRUNED, recover=recover, on_progress=start)
+        return max(saved)
+
+    assert most_saved("block") < 0.5 * most_saved("network")  # a third, and the layers around the blocks
+
+
 def test_every_window_gets_closer_to_its_dense_output():
     def outputs(model):
         x = model.embed(vectors(512, 3))
