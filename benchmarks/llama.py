@@ -33,6 +33,7 @@ METHODS |= {
     f"{name}, recovered": METHODS[name] | {"recover": Distillation()}
     for name in ("ours", "magnitude + refit", "SparseGPT (this package)", "Wanda (this package)")
 }
+METHODS["ours, recovered by blocks"] = {"recover": Distillation(scope="block")}
 """Options of `trim` for each method; all but those of this package's default have the same sparsity in each layer."""
 
 

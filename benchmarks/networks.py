@@ -38,6 +38,7 @@ METHODS |= {
     f"{name}, recovered": METHODS[name] | {"recover": Distillation()}
     for name in ("ours", "magnitude + refit", "SparseGPT (this package)", "Wanda (this package)")
 }
+METHODS["ours, recovered by blocks"] = {"recover": Distillation(scope="block")}
 """Options of `trim` for each method; the statistics of BatchNorms are re-estimated in all of them."""
 
 

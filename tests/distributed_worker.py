@@ -56,6 +56,15 @@ RECOVERED: dict[str, tuple[str, dict[str, Any]]] = {
         "conv",
         {"sparsity": 0.7, "allocate": "uniform", "solver": Magnitude(), "recover": Distillation(max_steps=40)},
     ),
+    "mlp recovered by blocks": (
+        "mlp",
+        {
+            "sparsity": 0.7,
+            "allocate": "uniform",
+            "solver": Magnitude(),
+            "recover": Distillation(scope="block", max_steps=40),
+        },
+    ),
 }
 """Cases that depend on which inputs are in one batch, and therefore on the number of processes."""
 

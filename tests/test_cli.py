@@ -55,6 +55,14 @@ def test_the_dense_delta_removes_the_callback(tmp_path):
     assert not (folder / "nettrim").exists()
 
 
+def test_the_recovery_delta_keeps_the_options_of_the_recipe(tmp_path):
+    folder = run(tmp_path, "recipes/recover.yaml")
+    report = json.loads((folder / "nettrim/report.json").read_text())
+    assert report["arguments"]["epsilon"] == 0.1
+    assert report["arguments"]["recover"]["class_path"] == "lightning_nettrim.pruning.recovery.Distillation"
+    assert report["recovery"]["loss_after"] <= report["recovery"]["loss_before"]
+
+
 def test_the_magnitude_delta_prunes_the_digits_recipe(tmp_path):
     folder = run(tmp_path, "recipes/magnitude.yaml")
     report = json.loads((folder / "nettrim/report.json").read_text())

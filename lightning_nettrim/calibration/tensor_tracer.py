@@ -114,7 +114,7 @@ class Tracer(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         if not followed:
             return func(*args, **kwargs)
-        is_sum = self._is_sum(name, args, kwargs)
+        is_sum = is_residual_sum(name, args, kwargs)
         results: list[tuple[TracedValue, bool]] = []
         for tensor, values in followed:
             for value, same_layout in values:
@@ -167,13 +167,6 @@ class Tracer(TorchDispatchMode):
             return None
         return self._norms.get(id(args[3]))
 
-    def _is_sum(self, name: str, args: Any, kwargs: dict[str, Any]) -> bool:
-        """Whether an operation adds two different tensors of one shape."""
-        if name not in ("add", "add_") or len(args) != 2 or kwargs.get("alpha", 1) != 1:
-            return False
-        a, b = args
-        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a is not b
-
     def _values(self, tensor: Tensor) -> list[tuple[TracedValue, bool]]:
         return self._followed.get(tensor, [])
 
@@ -188,6 +181,14 @@ class Tracer(TorchDispatchMode):
         for other in [*self._followed]:
             if other.untyped_storage().data_ptr() == address:
                 del self._followed[other]
+
+
+def is_residual_sum(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation adds two different tensors of one shape."""
+    if name not in ("add", "add_") or len(args) != 2 or kwargs.get("alpha", 1) != 1:
+        return False
+    a, b = args
+    return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and a is not b
 
 
 def _rectifier(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rectifier | None:

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from lightning_nettrim.calibration.batch import evaluation_mode
-from lightning_nettrim.calibration.network_output import NetworkOutput, find_output
+from lightning_nettrim.calibration.network_output import find_output
 from lightning_nettrim.calibration.sampling import CalibrationSet
 from lightning_nettrim.layers import Layer, joined, masking
+from lightning_nettrim.pruning.matching import LOSSES, Improvement, Matching, Schedule, match
 from lightning_nettrim.pruning.results import RecoveryReport
-from lightning_nettrim.runtime.offload import StoredTensors
+from lightning_nettrim.pruning.windows import find_windows, record_outputs
 
 if TYPE_CHECKING:
     from lightning_nettrim.pruning.session import CalibrationSession
@@ -54,11 +53,18 @@ class Distillation(Recovery):
     part of it is held out, and the iterate with the lowest loss there is kept, or the pruned network itself. Masks and
     the running statistics of BatchNorms are fixed. No labels are used.
 
+    With ``scope="block"``, `find_windows` cuts the network into windows of consecutive modules, such as its residual
+    blocks. One after the other is tuned to its own output in the dense network, by the relative squared error, on the
+    inputs that it has in the network recovered so far. Only one window at a time has gradients. Nothing is changed if
+    the held-out loss of the network's output is not lower in the end.
+
     Args:
         loss: ``"kl"``, the Kullback-Leibler divergence of the softmax of both outputs; ``"mse"``, the squared error
             relative to the mean square of the dense output; ``"kl+mse"``, their sum, as the divergence alone has small
             gradients where the dense network is sure; ``"auto"``, the sum if a softmax follows the output, else MSE.
-        max_steps: number of steps.
+        scope: ``"network"`` tunes all parameters at once; ``"block"`` tunes one window after the other, for networks
+            that do not fit into memory with all gradients.
+        max_steps: number of steps, for each window in ``scope="block"``.
         lr: learning rate at the beginning.
         holdout: fraction of the calibration batches that is held out.
         check_every: number of steps between two evaluations on the held-out batches.
@@ -66,6 +72,7 @@ class Distillation(Recovery):
     """
 
     loss: Literal["auto", "kl", "mse", "kl+mse"] = "auto"
+    scope: Literal["network", "block"] = "network"
     max_steps: int = 300
     lr: float = 1e-3
     holdout: float = 0.1
@@ -77,6 +84,8 @@ class Distillation(Recovery):
         if self.loss not in ("auto", *LOSSES):
             names = ", ".join(map(repr, LOSSES))
             raise ValueError(f"Distillation.loss: expected 'auto', {names}, got {self.loss!r}")
+        if self.scope not in ("network", "block"):
+            raise ValueError(f"Distillation.scope: expected 'network' or 'block', got {self.scope!r}")
         for name in ("max_steps", "lr", "check_every"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"Distillation.{name}: expected > 0, got {getattr(self, name)}")
@@ -85,68 +94,83 @@ class Distillation(Recovery):
 
     def recover(self, session: CalibrationSession, masks: Mapping[str, Tensor]) -> RecoveryReport:
         """Tune the pruned model in place; it stays as it is if nothing improves."""
-        start, model, progress = time.perf_counter(), session.model, session.run.progress
-        progress.activity = "recovering the pruned network"
+        start, model = time.perf_counter(), session.model
+        session.run.progress.activity = "recovering the pruned network"
         parameters = tuned_parameters(model, session.plan.layers)
         pruned = masking.clone(model, list(parameters))
         with evaluation_mode(model), masking.restored_on_error(model, pruned):
             with session.processes.raise_together():
-                task = _make_task(session, self.loss)
-            training = len(task.targets) - max(1, round(self.holdout * len(task.targets)))
-            before = best = task.mean_loss(range(training, len(task.targets)))
-            best_values, best_step = pruned, 0
-            with _only_trainable(model, parameters):
-                optimizer = torch.optim.Adam(parameters.values(), lr=self.lr)
-                schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.max_steps)
-                for step, index in enumerate(self._order(training), 1):
-                    progress.report("recovering", step / self.max_steps)
-                    with torch.enable_grad():
-                        task.loss(index).backward()
-                    for name, parameter in parameters.items():
-                        _finish_gradient(session, parameter, masks.get(name))
-                    optimizer.step()
-                    schedule.step()
-                    optimizer.zero_grad(set_to_none=True)
-                    masking.apply(model, masks)
-                    if step % self.check_every and step != self.max_steps:
-                        continue
-                    now = task.mean_loss(range(training, len(task.targets)))
-                    if now < best:
-                        best, best_step, best_values = now, step, masking.clone(model, list(parameters))
-            masking.assign(model, best_values)
-        return RecoveryReport(task.name, before, best, best_step, time.perf_counter() - start)
+                network = self._match_network(session)
+            recover = self._recover_network if self.scope == "network" else self._recover_windows
+            change = recover(session, network, parameters, masks)
+            if not change.after < change.before:
+                masking.assign(model, pruned)
+                change = Improvement(change.before, change.before, 0)
+        return RecoveryReport(network.loss, *change, time.perf_counter() - start)
 
-    def _order(self, batches: int) -> list[int]:
-        """Indices of the training batches for all steps, shuffled anew in each pass."""
-        generator = torch.Generator().manual_seed(self.seed)
-        order: list[int] = []
-        while len(order) < self.max_steps:
-            order += torch.randperm(batches, generator=generator).tolist()
-        return order[: self.max_steps]
+    def _recover_network(
+        self,
+        session: CalibrationSession,
+        network: Matching,
+        parameters: Mapping[str, nn.Parameter],
+        masks: Mapping[str, Tensor],
+    ) -> Improvement:
+        """Tune all parameters at once to the output of the network."""
 
+        def report(fraction: float) -> None:
+            session.run.progress.report("recovering", fraction)
 
-def kl_divergence(output: Tensor, target: Tensor) -> Tensor:
-    """Mean over rows of KL(softmax(target) ‖ softmax(output))."""
-    log_p, log_q = (F.log_softmax(t.float().flatten(0, -2), -1) for t in (target, output))
-    return F.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
+        return match(session.model, network, parameters, masks, self._schedule, session.processes, report)
 
+    def _recover_windows(
+        self,
+        session: CalibrationSession,
+        network: Matching,
+        parameters: Mapping[str, nn.Parameter],
+        masks: Mapping[str, Tensor],
+    ) -> Improvement:
+        """Tune one window after the other to its output in the dense network, on its inputs in the recovered one.
 
-def relative_squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """‖output − target‖²/‖target‖²."""
-    return (output - target).square().sum() / target.square().sum().clamp(min=1e-12)
+        A window of at most one layer is left as it is while its inputs have not changed: they are those on which the
+        layer was solved.
+        """
+        model, processes, store = session.model, session.processes, session.run.store
+        calibration_set = _calibration_set(session)
+        with processes.raise_together():
+            windows = find_windows(model, calibration_set[0], session.plan.layers, parameters.values())
+        processes.check_agreement({window.name: "a window" for window in windows}, "use scope='network'")
+        with processes.raise_together(), _dense(session):
+            targets = record_outputs(model, windows, calibration_set, store)
+        before, steps, owned = network.held_out_error(processes), 0, set[int]()
+        for i, (window, outputs) in enumerate(zip(windows, targets, strict=True)):
+            inside = {id(parameter) for parameter in window.parameters()} - owned
+            owned |= inside
+            tuned = {name: parameter for name, parameter in parameters.items() if id(parameter) in inside}
+            if not tuned or (window.layers < 2 and not steps):
+                continue
+            with processes.raise_together():
+                inputs = window.record_inputs(model, calibration_set, store)
 
+            def report(fraction: float, i: int = i) -> None:
+                session.run.progress.report("recovering", (i + fraction) / len(windows))
 
-def kl_and_squared_error(output: Tensor, target: Tensor) -> Tensor:
-    """The sum of `kl_divergence` and `relative_squared_error`."""
-    return kl_divergence(output, target) + relative_squared_error(output, target)
+            matching = Matching(window.outputs(inputs), outputs, "mse", network.held_out)
+            steps += match(model, matching, tuned, masks, self._schedule, processes, report).steps
+        return Improvement(before, network.held_out_error(processes), steps)
 
+    @property
+    def _schedule(self) -> Schedule:
+        return Schedule(self.max_steps, self.lr, self.check_every, self.seed)
 
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "kl": kl_divergence,
-    "mse": relative_squared_error,
-    "kl+mse": kl_and_squared_error,
-}
-"""Losses by name."""
+    def _match_network(self, session: CalibrationSession) -> Matching:
+        """Find the output of the network and record that of the dense one."""
+        calibration_set = _calibration_set(session)
+        output = find_output(session.model, calibration_set[0])
+        name = ("kl+mse" if output.is_logits else "mse") if self.loss == "auto" else self.loss
+        with _dense(session):
+            targets = [session.run.store.put([output.of(session.model, batch).detach()]) for batch in calibration_set]
+        held_out = max(1, round(self.holdout * len(targets)))
+        return Matching(lambda index: output.of(session.model, calibration_set[index]), targets, name, held_out)
 
 
 def tuned_parameters(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str, nn.Parameter]:
@@ -159,64 +183,20 @@ def tuned_parameters(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str,
     return {name: parameters[name] for name in names if name in parameters}
 
 
-class _Task(NamedTuple):
-    """What a distillation minimizes: the distance of the output from the dense network's, batch by batch."""
-
-    session: CalibrationSession
-    calibration_set: CalibrationSet  # batches are loaded one at a time
-    output: NetworkOutput
-    name: str  # of the loss
-    targets: list[StoredTensors]  # outputs of the dense network
-
-    def loss(self, index: int) -> Tensor:
-        """The loss on one batch."""
-        output = self.output.of(self.session.model, self.calibration_set[index])
-        (target,) = self.targets[index].load()
-        return LOSSES[self.name](output, target.to(output.device))
-
-    def mean_loss(self, indices: Sequence[int]) -> float:
-        """The mean loss over batches and processes."""
-        losses = [float(self.loss(index)) for index in indices]
-        return self.session.processes.mean(sum(losses) / len(losses))
-
-
-def _make_task(session: CalibrationSession, loss: str) -> _Task:
-    """Divide the calibration set into enough batches, find the output and record that of the dense network."""
+def _calibration_set(session: CalibrationSession) -> CalibrationSet:
+    """The calibration set, divided into enough batches for some to be held out."""
     calibration_set = session.activations.calibration_set.divided(MIN_BATCHES)
     if len(calibration_set) < 2:
         raise ValueError("recover: expected at least two calibration batches, got one that cannot be divided")
-    output = find_output(session.model, calibration_set[0])
-    name = ("kl+mse" if output.is_logits else "mse") if loss == "auto" else loss
-    pruned = session.snapshot()
-    session.restore()
-    try:
-        targets = [session.run.store.put([output.of(session.model, batch).detach()]) for batch in calibration_set]
-    finally:
-        session.restore(pruned)
-    return _Task(session, calibration_set, output, name, targets)
+    return calibration_set
 
 
 @contextmanager
-def _only_trainable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
-    """A `with` in which only these parameters have gradients."""
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
+def _dense(session: CalibrationSession) -> Iterator[None]:
+    """A `with` in which the model has its trained weights."""
+    pruned = session.snapshot()
+    session.restore()
     try:
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-            parameter.grad = None
         yield
     finally:
-        for parameter, requires_grad, gradient in before:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
-
-
-def _finish_gradient(session: CalibrationSession, parameter: nn.Parameter, mask: Tensor | None) -> None:
-    """The gradient averaged over processes, zero where the mask does not keep the weight."""
-    if parameter.grad is None:
-        parameter.grad = torch.zeros_like(parameter)
-    parameter.grad = session.processes.sum(parameter.grad) / session.processes.count
-    if mask is not None:
-        parameter.grad.masked_fill_(~mask.to(parameter.device), 0)
+        session.restore(pruned)

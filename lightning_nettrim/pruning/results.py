@@ -125,7 +125,7 @@ class RecoveryReport:
         loss_before: loss of the pruned network, on calibration inputs that were held out.
         loss_after: of the recovered network; equal to ``loss_before`` if nothing has improved.
         end_to_end_error_before: of the pruned network, on the calibration set; NaN until it is measured.
-        steps: number of steps up to the best iterate.
+        steps: number of steps up to the best iterate; summed over the windows of a recovery by blocks.
         seconds: in total.
     """
 

@@ -22,6 +22,7 @@ from lightning_nettrim.layers.folding import FoldedLayer
 from lightning_nettrim.pruning.config import PruningConfig
 from lightning_nettrim.pruning.plan import Plan, coverage_warning, make_plan
 from lightning_nettrim.pruning.plan_file import select_layers
+from lightning_nettrim.pruning.recovery import tuned_parameters
 from lightning_nettrim.pruning.session import CalibrationSession, retried, with_smaller_batches
 from lightning_nettrim.pruning.solver_states import SolverStates
 from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
@@ -116,6 +117,8 @@ def start_session(
     batchnorms = batchnorms if config.recalibrate_batchnorm else []
     changed = {key for folded in folded_layers.values() for key in folded.written_names}
     changed |= {key for name in batchnorms for key in _batchnorm_state(model, name)}
+    if config.recover is not None:
+        changed |= set(tuned_parameters(model, plan.layers))
     activations = Activations(
         model, plan.layers, plan.contexts, folded_layers, calibration_set, rows, config.seed, run.processes
     )  # fmt: skip

@@ -39,7 +39,7 @@ def test_it_is_configured_in_yaml(tmp_path):
       class_path: lightning_nettrim.NetTrim
       init_args:
         sparsity: 0.5
-        recover: {class_path: lightning_nettrim.Distillation, init_args: {loss: mse, max_steps: 7}}
+        recover: {class_path: lightning_nettrim.Distillation, init_args: {loss: mse, scope: block, max_steps: 7}}
     """
     parsed = parser.instantiate_classes(parser.parse_object(yaml.safe_load(config)))
-    assert parsed.callback.config.recover == Distillation(loss="mse", max_steps=7)
+    assert parsed.callback.config.recover == Distillation(loss="mse", scope="block", max_steps=7)

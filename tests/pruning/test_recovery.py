@@ -8,7 +8,8 @@ from torch.nn import functional as F
 from lightning_nettrim import Distillation, Magnitude, trim
 from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
 from lightning_nettrim.calibration.network_output import find_output
-from lightning_nettrim.pruning.recovery import LOSSES, kl_divergence, relative_squared_error, tuned_parameters
+from lightning_nettrim.pruning.matching import LOSSES, kl_divergence, relative_squared_error
+from lightning_nettrim.pruning.recovery import tuned_parameters
 
 
 class Network(nn.Module):
@@ -65,9 +66,10 @@ def test_the_error_falls_on_other_data_and_the_zeros_stay():
     assert "recovery: end-to-end error" in result.table()
 
 
-def test_statistics_and_gradients_are_as_before():
+@pytest.mark.parametrize("scope", ["network", "block"])
+def test_statistics_and_gradients_are_as_before(scope):
     before, _ = pruned(recalibrate_batchnorm=False)
-    after, _ = pruned(recalibrate_batchnorm=False, recover=Distillation(max_steps=20))
+    after, _ = pruned(recalibrate_batchnorm=False, recover=Distillation(max_steps=20, scope=scope))
     for name in ("norm1", "norm2"):
         one, other = before.get_submodule(name), after.get_submodule(name)
         assert torch.equal(one.running_mean, other.running_mean)
@@ -77,9 +79,10 @@ def test_statistics_and_gradients_are_as_before():
     assert not after.training
 
 
-def test_nothing_changes_if_nothing_improves():
+@pytest.mark.parametrize("scope", ["network", "block"])
+def test_nothing_changes_if_nothing_improves(scope):
     before, plain = pruned()
-    after, result = pruned(recover=Distillation(max_steps=2, lr=1e6, check_every=1))
+    after, result = pruned(recover=Distillation(max_steps=2, lr=1e6, check_every=1, scope=scope))
     assert all(
         torch.equal(a, b) for a, b in zip(before.state_dict().values(), after.state_dict().values(), strict=True)
     )
@@ -88,8 +91,9 @@ def test_nothing_changes_if_nothing_improves():
     assert result.end_to_end_error == plain.end_to_end_error
 
 
-def test_it_is_deterministic():
-    one, other = (pruned(recover=Distillation(max_steps=30))[0].state_dict() for _ in range(2))
+@pytest.mark.parametrize("scope", ["network", "block"])
+def test_it_is_deterministic(scope):
+    one, other = (pruned(recover=Distillation(max_steps=30, scope=scope))[0].state_dict() for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -148,7 +152,13 @@ def test_layers_and_norms_are_tuned_and_others_not():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"loss": "l1"}, "loss"), ({"max_steps": 0}, "max_steps"), ({"lr": -1.0}, "lr"), ({"holdout": 1.0}, "holdout")],
+    [
+        ({"loss": "l1"}, "loss"),
+        ({"scope": "layer"}, "scope"),
+        ({"max_steps": 0}, "max_steps"),
+        ({"lr": -1.0}, "lr"),
+        ({"holdout": 1.0}, "holdout"),
+    ],
 )
 def test_wrong_numbers_are_refused(options, message):
     with pytest.raises(ValueError, match=f"Distillation.{message}: expected"):
@@ -163,3 +173,138 @@ def test_something_else_is_refused():
 def test_one_batch_that_cannot_be_divided_is_refused():
     with pytest.raises(ValueError, match="at least two calibration batches"):
         trim(nn.Linear(4, 3), [torch.randn(1, 4)] * 1, sparsity=0.5, recover=Distillation())
+
+
+class Transformer(nn.Module):
+    """Three residual blocks with LayerNorm, and a head."""
+
+    class Block(nn.Module):
+        """A block of two layers."""
+
+        def __init__(self):
+            super().__init__()
+            self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 24), nn.Linear(24, 12)
+
+        def forward(self, x):
+            return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Linear(8, 12)
+        self.blocks = nn.ModuleList(self.Block() for _ in range(3))
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+def transformer():
+    torch.manual_seed(0)
+    return Transformer().eval()
+
+
+def vectors(count, seed):
+    return torch.randn(count, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def pruned_transformer(**options):
+    model = transformer()
+    return model, trim(model, vectors(640, 2).split(64), **(PRUNED | options))
+
+
+def test_block_by_block_the_error_falls_on_other_data_and_only_one_window_has_gradients():
+    def error(model):
+        with torch.no_grad():
+            return float((model(vectors(512, 3)) - transformer()(vectors(512, 3))).norm())
+
+    before, _ = pruned_transformer()
+    with_gradients = []
+
+    def look(phase, fraction):
+        if phase == "recovering":
+            names = {name for name, value in model.named_parameters() if value.requires_grad}
+            with_gradients.append({".".join(name.split(".")[:2]) for name in names if name.startswith("blocks")})
+
+    model = transformer()
+    result = trim(
+        model, vectors(640, 2).split(64), **PRUNED, on_progress=look,
+        recover=Distillation(scope="block", max_steps=60, lr=3e-3, check_every=20),
+    )  # fmt: skip
+    assert error(model) < 0.8 * error(before)
+    assert {name for names in with_gradients for name in names} == {"blocks.0", "blocks.1", "blocks.2"}
+    assert max(map(len, with_gradients)) == 1
+    assert result.recovery.loss_after < result.recovery.loss_before
+    assert result.end_to_end_error < result.recovery.end_to_end_error_before
+    parameters = dict(model.named_parameters())
+    assert all(not bool(parameters[name][~mask].any()) for name, mask in result.masks.items())
+
+
+def test_a_backward_pass_keeps_the_activations_of_one_window():
+    def most_saved(scope):
+        saved = [0]
+
+        def pack(tensor):
+            saved[-1] += tensor.numel()
+            return tensor
+
+        def start(phase, fraction):
+            saved.append(0)
+
+        model, recover = transformer(), Distillation(scope=scope, max_steps=5)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            trim(model, vectors(640, 2).split(64), **PRUNED, recover=recover, on_progress=start)
+        return max(saved)
+
+    assert most_saved("block") < 0.5 * most_saved("network")  # a third, and the layers around the blocks
+
+
+def test_every_window_gets_closer_to_its_dense_output():
+    def outputs(model):
+        x = model.embed(vectors(512, 3))
+        return [x := block(x) for block in model.blocks]
+
+    before, _ = pruned_transformer()
+    after, _ = pruned_transformer(recover=Distillation(scope="block", max_steps=60, lr=3e-3))
+    with torch.no_grad():
+        for one, other, dense in zip(outputs(before), outputs(after), outputs(transformer()), strict=True):
+            assert (other - dense).norm() < (one - dense).norm()
+
+
+def test_a_layer_whose_inputs_have_not_changed_stays_as_it_was_solved():
+    before, _ = pruned_transformer()
+    after, _ = pruned_transformer(recover=Distillation(scope="block", max_steps=30))
+    assert torch.equal(before.embed.weight, after.embed.weight)
+    assert not torch.equal(before.head.weight, after.head.weight)
+
+
+def test_a_network_of_one_window_is_recovered_as_a_whole():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 6))
+    states = []
+    for scope in ("network", "block"):
+        copied = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 6))
+        copied.load_state_dict(model.state_dict())
+        recover = Distillation(scope=scope, loss="mse", max_steps=40)
+        assert trim(copied, vectors(640, 2).split(64), **PRUNED, recover=recover).recovery.steps
+        states.append(copied.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("scope", ["network", "block"])
+def test_norms_of_a_rejected_trial_are_as_trained(scope):
+    model, seen = transformer(), []
+
+    def metric():
+        seen.append(model.blocks[0].norm.weight.detach().clone())
+        return float(len(seen) > 1)  # worse than dense in each trial
+
+    trim(
+        model, vectors(640, 2).split(64), solver=Magnitude(), refit=False, allocate="uniform", max_drop=0.1, mode="min",
+        metric=metric, recover=Distillation(scope=scope, max_steps=20, lr=1e-2),
+    )  # fmt: skip
+    assert not torch.equal(seen[0], seen[1])  # tuned in the first trial
+    for name, value in transformer().state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value)
