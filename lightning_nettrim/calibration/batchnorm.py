@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_nettrim.calibration.batch import CalibrationBatch
 from lightning_nettrim.layers import joined
 from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from lightning_nettrim.runtime.sharded import full
 
 Moments = tuple[int, Tensor, Tensor]
 """Size, mean and variance of a sample; mean and variance are ``(channels,)``."""
@@ -60,7 +61,7 @@ def reestimate_preserving_output(
     for name, (mean, variance) in _statistics(model, affine, batches, processes).items():
         norm: Any = model.get_submodule(name)
         sigma, new_sigma = (norm.running_var.double() + norm.eps).sqrt(), (variance + norm.eps).sqrt()
-        gamma, beta = norm.weight.double(), norm.bias.double()
+        gamma, beta = full(norm.weight).double(), full(norm.bias).double()
         values |= {
             joined(name, "running_mean"): mean,
             joined(name, "running_var"): variance,

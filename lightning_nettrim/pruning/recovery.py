@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from lightning_nettrim.calibration.sampling import CalibrationSet
 from lightning_nettrim.layers import Layer, joined, masking
 from lightning_nettrim.pruning.results import RecoveryReport
 from lightning_nettrim.runtime.offload import StoredTensors
+from lightning_nettrim.runtime.sharded import is_averaged, is_sharded, local, local_part, reshard
 
 if TYPE_CHECKING:
     from lightning_nettrim.pruning.session import CalibrationSession
@@ -96,7 +97,7 @@ class Distillation(Recovery):
             before = best = task.mean_loss(range(training, len(task.targets)))
             best_values, best_step = pruned, 0
             with _only_trainable(model, parameters):
-                optimizer = torch.optim.Adam(parameters.values(), lr=self.lr)
+                optimizer = torch.optim.Adam(_groups(parameters), lr=self.lr)
                 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.max_steps)
                 for step, index in enumerate(self._order(training), 1):
                     progress.report("recovering", step / self.max_steps)
@@ -155,6 +156,7 @@ def tuned_parameters(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str,
     for path, module in model.named_modules():
         if isinstance(module, NORMS):
             names += [joined(path, key) for key, _ in module.named_parameters(recurse=False)]
+    reshard(model)
     parameters = dict(model.named_parameters())
     return {name: parameters[name] for name in names if name in parameters}
 
@@ -196,6 +198,12 @@ def _make_task(session: CalibrationSession, loss: str) -> _Task:
     return _Task(session, calibration_set, output, name, targets)
 
 
+def _groups(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """The parameters in groups of an optimizer: those that are divided among processes, and the others."""
+    groups = [[p for p in parameters.values() if is_sharded(p) == sharded] for sharded in (False, True)]
+    return [{"params": group} for group in groups if group]
+
+
 @contextmanager
 def _only_trainable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> Iterator[None]:
     """A `with` in which only these parameters have gradients."""
@@ -217,6 +225,8 @@ def _finish_gradient(session: CalibrationSession, parameter: nn.Parameter, mask:
     """The gradient averaged over processes, zero where the mask does not keep the weight."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    parameter.grad = session.processes.sum(parameter.grad) / session.processes.count
+    gradient = local(parameter.grad)
+    if not is_averaged(parameter):
+        gradient.copy_(session.processes.sum(gradient) / session.processes.count)
     if mask is not None:
-        parameter.grad.masked_fill_(~mask.to(parameter.device), 0)
+        gradient.masked_fill_(~local_part(mask.to(parameter.device), parameter), 0)

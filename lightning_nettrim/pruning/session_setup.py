@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import chain, islice
 from typing import Any
 
 from torch import nn
 
 from lightning_nettrim.calibration.activations import Activations
-from lightning_nettrim.calibration.batch import Forward, call, evaluation_mode
+from lightning_nettrim.calibration.batch import CalibrationBatch, Forward, call, evaluation_mode, inputs_are_independent
 from lightning_nettrim.calibration.memory_model import max_rows_within, resident_bytes
-from lightning_nettrim.calibration.nested import flatten
+from lightning_nettrim.calibration.nested import common_length, flatten
 from lightning_nettrim.calibration.reference import ReferenceOutputs
 from lightning_nettrim.calibration.sampling import CalibrationSet, sample_inputs
 from lightning_nettrim.layers import joined, masking
@@ -30,6 +31,7 @@ from lightning_nettrim.runtime.offload import TensorStore
 from lightning_nettrim.runtime.progress import Progress
 from lightning_nettrim.runtime.resume import ResumeStore
 from lightning_nettrim.runtime.run_context import RunContext
+from lightning_nettrim.runtime.sharded import is_sharded, reshard
 
 MEMORY_VARIATION = 1.1
 """Factor by which the available memory differs between two equal runs."""
@@ -78,11 +80,15 @@ def calibrate(
     meter = MemoryMeter(device)
     kept_in_budget = config.offload == "device" or device.type == "cpu"
     store = TensorStore(config.offload, limit / 4 if kept_in_budget else math.inf)
+    reshard(model)
+    if is_sharded(model) and not source.distributed:
+        raise ValueError(
+            "distributed: expected True for a model whose parameters are divided among processes, got False"
+        )
     processes = TorchProcessGroup.of(model) if source.distributed else SINGLE_PROCESS
     processes.check_identical(dict(model.named_parameters()))
     processes.broadcast(model.buffers())
-    with processes.raise_together():
-        calibration_set = sample_inputs(model, source.batches, config.num_samples, config.seed, store, source.forward)
+    calibration_set = _sample(model, source, config, store, processes)
     meter.read_peak()  # the sampling's temporaries are freed by now
     plan = make_plan(model, calibration_set, select_layers(config, model), processes)
     unused = store.capacity - store.size if kept_in_budget else 0.0
@@ -96,6 +102,30 @@ def calibrate(
     if warning := coverage_warning(plan):
         run.note(warning)
     return session
+
+
+def _sample(
+    model: nn.Module, source: CalibrationSource, config: PruningConfig, store: TensorStore, processes: ProcessGroup
+) -> CalibrationSet:
+    """The calibration set of this process.
+
+    If the parameters of the model are divided among processes, these run all forward passes together: it is determined
+    on their first batches whether batches can be split, and all get equally many.
+    """
+    batches, independent = iter(source.batches), None
+    if is_sharded(model):
+        with processes.raise_together():
+            first = list(islice(batches, 1))
+        lengths = [common_length(batch) or 0 for batch in first]
+        batches, independent = chain(first, batches), processes.all(min(lengths, default=0) > 1)
+        if independent:
+            batch = CalibrationBatch(first[0], source.forward)
+            independent = processes.all(inputs_are_independent(model, batch, lengths[0]))
+    with processes.raise_together():
+        calibration_set = sample_inputs(
+            model, batches, config.num_samples, config.seed, store, source.forward, independent
+        )
+    return calibration_set.run_together(processes) if is_sharded(model) else calibration_set
 
 
 def start_session(
