@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nettrim.calibration.nested import map_tensors, tensors_of, to_device
+from lightning_nettrim.runtime.distributed import mark_in_forward_of_shards
+from lightning_nettrim.runtime.sharded import is_sharded, recover, reshard
 
 Forward = Callable[[nn.Module, Any], Any]
 """A function ``(model, batch) → output`` that runs a batch through a model."""
@@ -132,13 +134,22 @@ class CalibrationBatch:
         parameter = next(model.parameters(), None)
         device = torch.device("cpu") if parameter is None else parameter.device
         batch = to_device(self.batch, device)
-        with _seeded(self.seed, device), torch.autocast(device.type, enabled=False), self.reuse():
+        autocast = torch.autocast(device.type, enabled=False)
+        with _seeded(self.seed, device), autocast, _resharded(model), self.reuse():
             return self.forward(model, batch)
 
     def run_until_stopped(self, model: nn.Module) -> None:
         """Run the batch until a hook raises `StopForward`, or to the end."""
         with suppress(StopForward):
             self(model)
+
+    @staticmethod
+    def can_stop(model: nn.Module) -> bool:
+        """Whether a hook may raise `StopForward`: not if parameters are divided among processes.
+
+        All processes must then run a forward pass to its end, after which its parameters are divided again.
+        """
+        return not is_sharded(model)
 
     def part(self, rows: slice) -> CalibrationBatch:
         """The batch with some rows of all its tensors."""
@@ -147,6 +158,25 @@ class CalibrationBatch:
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of all tensors in the batch."""
         return [tuple(tensor.shape) for tensor in tensors_of(self.batch)]
+
+
+@contextmanager
+def _resharded(model: nn.Module) -> Iterator[None]:
+    """A `with` for a forward pass, after which parameters are divided among processes as before.
+
+    With gradients, the backward pass does this.
+    """
+    if not is_sharded(model):
+        yield
+        return
+    try:
+        yield
+    except BaseException as error:
+        mark_in_forward_of_shards(error)
+        recover(model)
+        raise
+    if not torch.is_grad_enabled():
+        reshard(model)
 
 
 @contextmanager

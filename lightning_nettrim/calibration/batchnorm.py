@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_nettrim.calibration.batch import CalibrationBatch, StopForward
 from lightning_nettrim.layers import joined
 from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup
+from lightning_nettrim.runtime.sharded import full
 
 Moments = tuple[int, Tensor, Tensor]
 """Size, mean and variance of a sample; mean and variance are ``(channels,)``."""
@@ -60,7 +61,7 @@ def reestimate_preserving_output(
     for name, (mean, variance) in _statistics(model, affine, batches, processes).items():
         norm: Any = model.get_submodule(name)
         sigma, new_sigma = (norm.running_var.double() + norm.eps).sqrt(), (variance + norm.eps).sqrt()
-        gamma, beta = norm.weight.double(), norm.bias.double()
+        gamma, beta = full(norm.weight).double(), full(norm.bias).double()
         values |= {
             joined(name, "running_mean"): mean,
             joined(name, "running_var"): variance,
@@ -75,7 +76,7 @@ def _statistics(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """``{name: (mean, variance)}``: unbiased statistics of the inputs of modules by channel, over all processes.
 
-    Each forward pass after the first ends when the modules have been called as often as in the first.
+    Each forward pass after the first ends when the modules have been called as often as in the first, if it may.
     """
     moments: dict[str, Moments] = {}
     calls = in_first = 0
@@ -100,7 +101,7 @@ def _statistics(
             for batch in batches:
                 calls = 0
                 batch.run_until_stopped(model)
-                in_first = in_first or calls
+                in_first = in_first or (calls if batch.can_stop(model) else 0)
     pooled = {name: reduce(_pooled, _gathered(own, processes)) for name, own in moments.items()}
     return {name: (mean, variance * n / max(n - 1, 1)) for name, (n, mean, variance) in pooled.items()}
 

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from lightning_nettrim.layers import Layer
+from lightning_nettrim.runtime.sharded import is_sharded, units
 
 PRODUCTS = {
     "mm", "addmm", "bmm", "baddbmm", "mv", "addmv", "dot", "linear", "matmul", "convolution", "_convolution",
@@ -37,10 +38,12 @@ class DirectProducts(TorchDispatchMode):
         self.found: set[str] = set()
         self._running: Counter[str] = Counter()  # calls of each layer that have not returned
         self._layers = layers
-        self._names = {_address(p): name for name, p in model.named_parameters() if p.dim() > 1 and _address(p) >= 0}
+        self._model = model
+        self._names = _addresses(model)
+        own_names = {id(parameter): name for name, parameter in model.named_parameters()}
         self._owners: dict[str, list[str]] = {}
         for name, layer in layers.items():
-            self._owners.setdefault(self._names.get(_address(layer.parameter), ""), []).append(name)
+            self._owners.setdefault(own_names.get(id(layer.parameter), ""), []).append(name)
 
     @contextmanager
     def following(self) -> Iterator[None]:
@@ -52,7 +55,13 @@ class DirectProducts(TorchDispatchMode):
         def leave(name: str) -> Callable[[nn.Module, Any, Any], None]:
             return lambda module, args, output: self._running.subtract([name])
 
+        def locate(*_: Any) -> None:
+            self._names = _addresses(self._model)
+
         with ExitStack() as stack:
+            for unit in units(self._model):  # parameters that are divided among processes are gathered while it runs
+                stack.callback(unit.register_forward_pre_hook(locate).remove)
+                stack.callback(unit.register_forward_hook(locate).remove)
             for name, layer in self._layers.items():
                 for alias in (layer, *layer.aliases):
                     stack.callback(alias.module.register_forward_pre_hook(enter(name)).remove)
@@ -71,8 +80,15 @@ class DirectProducts(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
+def _addresses(model: nn.Module) -> dict[int, str]:
+    """The names of the matrices of a model by address; those that are divided among processes have none."""
+    return {_address(p): name for name, p in model.named_parameters() if p.dim() > 1 and _address(p) >= 0}
+
+
 def _address(tensor: Tensor) -> int:
-    """Address of the first element, which views of a whole matrix share; −1 for a tensor without memory."""
+    """Address of the first element, which views of a whole matrix share; −1 for a tensor without memory of its own."""
+    if is_sharded(tensor):
+        return -1
     try:
         return tensor.data_ptr() or -1
     except (RuntimeError, NotImplementedError):

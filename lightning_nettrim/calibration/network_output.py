@@ -26,12 +26,14 @@ class NetworkOutput(NamedTuple):
     is_logits: bool
 
     def of(self, model: nn.Module, batch: CalibrationBatch) -> Tensor:
-        """The output for a batch; the forward pass ends there, at the first call of the module."""
+        """The output for a batch; the forward pass ends there, at the first call of the module, if it may."""
         found: list[Tensor] = []
+        stop = batch.can_stop(model)
 
         def hook(module: nn.Module, args: object, output: Tensor) -> None:
             found.append(output)
-            raise StopForward
+            if stop:
+                raise StopForward
 
         handle = self.module.register_forward_hook(hook)
         try:

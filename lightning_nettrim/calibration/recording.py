@@ -101,6 +101,7 @@ def record(
     with_inputs, with_outputs = (set(layers if names is None else names) for names in (inputs, outputs))
     residual_sums = {name: contexts[name].residual_sums if contexts else 0 for name in layers}
     pending: dict[str, list[_PendingCall]] = {name: [] for name in layers}
+    stop = stop and CalibrationBatch.can_stop(model)
     expected = sum(contexts[name].calls for name in layers) if contexts and stop else 0
     finished = 0
 

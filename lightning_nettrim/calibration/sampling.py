@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from lightning_nettrim.calibration.batch import CalibrationBatch, Forward, call, inputs_are_independent
 from lightning_nettrim.calibration.nested import Structure, common_length, count_inputs, flatten
 from lightning_nettrim.calibration.output_cache import OutputCache
+from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from lightning_nettrim.runtime.offload import StoredTensors, TensorStore
 
 _TENSOR = object()  # placeholder for a tensor among the leaves of a batch
@@ -150,10 +151,20 @@ class _StoredBatch:
         leaves = [next(parts) if leaf is _TENSOR else leaf for leaf in self.template.leaves]
         return self.template.structure.build(iter(leaves))
 
-    def halves(self) -> list[_StoredBatch]:
-        """Two batches with half of the rows each, or this one if it cannot be split."""
+    def _range(self) -> tuple[int, int]:
+        """The first row, and the one after the last; both 0 if the batch cannot be split."""
         tensors = self.tensors.load() if self.template.divisible else []
         start, stop, _ = (self.rows or slice(None)).indices(min(map(len, tensors), default=0))
+        return start, stop
+
+    def size(self) -> int:
+        """Number of parts that the batch can be split into."""
+        start, stop = self._range()
+        return max(stop - start, 1)
+
+    def halves(self) -> list[_StoredBatch]:
+        """Two batches with half of the rows each, or this one if it cannot be split."""
+        start, stop = self._range()
         middle = (start + stop + 1) // 2
         if stop - start < 2:
             return [self]
@@ -167,6 +178,8 @@ class CalibrationSet(Sequence[CalibrationBatch]):
         batches: the stored batches.
         inputs: number of inputs in all batches.
         forward: function that runs a batch through a model.
+        processes: processes that run every forward pass together, for which they must have equally many batches: those
+            of a process with fewer are split, and if that is not possible, the last ones of the others are dropped.
         cache: outputs of layers that are kept between forward passes; ``None`` keeps none.
     """
 
@@ -175,9 +188,11 @@ class CalibrationSet(Sequence[CalibrationBatch]):
         batches: Sequence[_StoredBatch],
         inputs: int,
         forward: Forward = call,
+        processes: ProcessGroup = SINGLE_PROCESS,
         cache: OutputCache | None = None,
     ) -> None:
-        self._batches, self._forward, self.inputs, self.cache = list(batches), forward, inputs, cache
+        self._forward, self._processes, self.inputs, self.cache = forward, processes, inputs, cache
+        self._batches = _equally_many(list(batches), processes)
 
     def __len__(self) -> int:
         """Number of batches."""
@@ -194,23 +209,27 @@ class CalibrationSet(Sequence[CalibrationBatch]):
         if isinstance(index, slice):
             batches = self._batches[index]
             inputs = max(1, self.inputs * len(batches) // max(len(self), 1))
-            return CalibrationSet(batches, inputs, self._forward, self.cache)
+            return CalibrationSet(batches, inputs, self._forward, self._processes, self.cache)
         stored = self._batches[index]
         reuse = nullcontext if self.cache is None else partial(self.cache.reused, stored)
         return CalibrationBatch(stored.load(), self._forward, seed=index, reuse=reuse)
 
     def first(self, inputs: int) -> CalibrationSet:
         """The calibration set of the first batches, with about the given number of inputs."""
-        return self[: max(1, len(self) * inputs // self.inputs)]
+        return self[: min(self._processes.gather(max(1, len(self) * inputs // self.inputs)))]
 
     def with_smaller_batches(self) -> CalibrationSet:
         """The same inputs in batches of half the size, where batches can be split."""
         halves = [half for batch in self._batches for half in batch.halves()]
-        return CalibrationSet(halves, self.inputs, self._forward, self.cache)
+        return CalibrationSet(halves, self.inputs, self._forward, self._processes, self.cache)
 
     def with_cache(self, cache: OutputCache) -> CalibrationSet:
         """The same batches, run with a cache of the outputs of layers."""
-        return CalibrationSet(self._batches, self.inputs, self._forward, cache)
+        return CalibrationSet(self._batches, self.inputs, self._forward, self._processes, cache)
+
+    def run_together(self, processes: ProcessGroup) -> CalibrationSet:
+        """The same inputs in as many batches as in the other processes, which run every forward pass with this one."""
+        return CalibrationSet(self._batches, self.inputs, self._forward, processes, self.cache)
 
     def divided(self, batches: int) -> CalibrationSet:
         """The same inputs in at least so many batches, or in as many as possible."""
@@ -223,6 +242,18 @@ class CalibrationSet(Sequence[CalibrationBatch]):
         return divided
 
 
+def _equally_many(batches: list[_StoredBatch], processes: ProcessGroup) -> list[_StoredBatch]:
+    """The batches, some of them split or dropped so that all processes have equally many."""
+    if processes.count == 1:
+        return batches
+    sizes, most = [batch.size() for batch in batches], max(processes.gather(len(batches)))
+    while len(batches) < most and max(sizes) > 1:
+        i = sizes.index(max(sizes))
+        batches[i : i + 1] = halves = batches[i].halves()
+        sizes[i : i + 1] = [half.size() for half in halves]
+    return batches[: min(processes.gather(len(batches)))]
+
+
 def sample_inputs(
     model: nn.Module,
     batches: Iterable[Any],
@@ -230,6 +261,7 @@ def sample_inputs(
     seed: int,
     store: TensorStore | None = None,
     forward: Forward = call,
+    independent: bool | None = None,
 ) -> CalibrationSet:
     """Draw a uniform sample of at most ``num_samples`` inputs in one pass over ``batches``.
 
@@ -243,6 +275,8 @@ def sample_inputs(
         seed: seed of the sample.
         store: where the inputs are kept; if ``None``, in the memory of the host.
         forward: function that runs a batch through the model.
+        independent: whether the inputs of a batch are processed independently; ``None`` determines it by forward
+            passes, for each structure of batches.
 
     Raises:
         ValueError: if the batches contain no inputs.
@@ -255,7 +289,9 @@ def sample_inputs(
         length = common_length(batch)
         if length == 0:
             continue
-        if length is not None and length > 1 and structure not in divisible:
+        if independent is not None:
+            divisible[structure] = independent
+        elif length is not None and length > 1 and structure not in divisible:
             divisible[structure] = inputs_are_independent(model, CalibrationBatch(batch, forward), length)
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_nettrim.callbacks.lightning_package import fitting, of_package, overridden
 from lightning_nettrim.callbacks.steps import LoadedBatch
+from lightning_nettrim.callbacks.strategy import share_of_batches
 
 
 def calibration_batches(
@@ -36,7 +37,7 @@ def _batches(trainer: pl.Trainer, pl_module: pl.LightningModule, data: str, limi
     if data == "train" and fit:
         seen = trainer.fit_loop.epoch_loop.batch_progress.total.ready
         count = _finite(trainer.num_training_batches, seen)
-        yield from _combined(trainer.fit_loop._combined_loader, slice(count))
+        yield from _combined(trainer.fit_loop._combined_loader, _share(trainer, count))
         return
     if data == "train":
         source = trainer.datamodule or pl_module  # type: ignore[attr-defined]
@@ -58,8 +59,15 @@ def _batches(trainer: pl.Trainer, pl_module: pl.LightningModule, data: str, limi
         loop.setup_data()
     assert loop._combined_loader is not None  # not `trainer.val_dataloaders`, which are those of an earlier fit
     for index, (loader, most) in enumerate(zip(loop._combined_loader.flattened, loop.max_batches, strict=True)):
-        for batch in islice(loader, _finite(most, limit)):
+        share = _share(trainer, _finite(most, limit))
+        for batch in islice(loader, share.start, share.stop, share.step):
             yield batch, index
+
+
+def _share(trainer: pl.Trainer, count: int) -> slice:
+    """The batches of this process among ``count``; all of them, if not every process would get one."""
+    first, step = share_of_batches(trainer)
+    return slice(first, count, step) if count >= step else slice(0, count, 1)
 
 
 def _combined(loader: Any, share: slice) -> Iterator[tuple[Any, int]]:

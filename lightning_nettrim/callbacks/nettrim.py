@@ -17,13 +17,14 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_nettrim.callbacks import checkpoints, run_folder
-from lightning_nettrim.callbacks.lightning_package import fitting, is_a
+from lightning_nettrim.callbacks.lightning_package import fitting
 from lightning_nettrim.callbacks.monitoring import check_monitor, monitored_value
 from lightning_nettrim.callbacks.progress_bar import shown_progress
 from lightning_nettrim.callbacks.pruned_masks import PrunedMasks
 from lightning_nettrim.callbacks.publishing import publish, publish_histograms, show_plan, warn_of_dense
 from lightning_nettrim.callbacks.steps import LoadedBatch
-from lightning_nettrim.callbacks.trainer_pruning import TrainerPruning
+from lightning_nettrim.callbacks.strategy import check_strategy
+from lightning_nettrim.callbacks.trainer_pruning import TrainerPruning, processes_of
 from lightning_nettrim.callbacks.validation import averages, restart_validation, run_validation
 from lightning_nettrim.core.pattern import Pattern
 from lightning_nettrim.layers import masking
@@ -32,8 +33,9 @@ from lightning_nettrim.pruning.budget import Options
 from lightning_nettrim.pruning.config import PruningConfig
 from lightning_nettrim.pruning.recovery import Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, Trial
-from lightning_nettrim.runtime.distributed import ProcessGroup
+from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from lightning_nettrim.runtime.resume import ResumeStore
+from lightning_nettrim.runtime.sharded import is_sharded
 from lightning_nettrim.solvers import Solver
 
 log = logging.getLogger(__name__)
@@ -106,7 +108,7 @@ class NetTrim(Callback):
         enforce: keep zeros exactly zero in a later ``fit`` of a pruned network. It is pruned further at the end if the
             callback's budget is another one than it was pruned to.
         dry_run: print what would be pruned, write it as ``nettrim/plan.yaml``, and leave the network dense.
-        allow_untested_strategy: allow other strategies than a single device and DDP, at your own risk.
+        allow_untested_strategy: allow other strategies than a single device, DDP and FSDP2, at your own risk.
 
     Raises:
         MisconfigurationException: naming the option, what was expected and what was given.
@@ -218,13 +220,8 @@ class NetTrim(Callback):
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         if sum(isinstance(callback, NetTrim) for callback in callbacks) > 1:
             raise MisconfigurationException("NetTrim: expected one in a Trainer, got several: merge them by per_layer")
-        tested = is_a(trainer.strategy, "SingleDeviceStrategy") or type(trainer.strategy).__name__ == "DDPStrategy"
-        if not tested and not self.allow_untested_strategy:
-            raise MisconfigurationException(
-                f"NetTrim: expected a single device or DDP, with the whole network in every process, got"
-                f" {type(trainer.strategy).__name__}: train with it, then prune with"
-                " `Trainer(devices=1).validate(model, ckpt_path=...)`; or set allow_untested_strategy"
-            )
+        if not self.allow_untested_strategy:
+            check_strategy(trainer)
         self._remove_hooks()
         self._reset()
         trainer.callbacks = [*(each for each in callbacks if each is not self), self]  # type: ignore[attr-defined]
@@ -298,7 +295,9 @@ class NetTrim(Callback):
             return
         if not self._enforcing:
             checkpoints.replace_weights(checkpoint, pl_module)
-        checkpoints.verify(checkpoint["state_dict"], self.masks, "the checkpoint")
+        processes = processes_of(trainer, pl_module) if is_sharded(pl_module) else SINGLE_PROCESS
+        with processes.raise_together():
+            checkpoints.verify(checkpoint["state_dict"], self.masks, "the checkpoint")
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Prune a network that a ``validate`` is given dense, or pruned to another budget."""
@@ -424,7 +423,7 @@ class NetTrim(Callback):
         if (monitor := self.monitor) is not None:
             weights = [layer.parameter_names()[0] for layer in self._trainer_pruning.find_layers(pl_module).values()]
             check_monitor(trainer, pl_module, monitor, weights)
-        before = {name: parameter.detach().clone() for name, parameter in pl_module.named_parameters()}
+        before = masking.clone(pl_module, [name for name, _ in pl_module.named_parameters()])
         with shown_progress(trainer) as bar:
 
             def show(row: LayerReport | Trial) -> None:
@@ -443,7 +442,7 @@ class NetTrim(Callback):
         self.result, self._enforcing = result, False
         self._pruned.set(result.masks)
         checkpoints.share_with_averages(trainer, pl_module)
-        after = {name: parameter.detach() for name, parameter in pl_module.named_parameters()}
+        after = masking.tensors(pl_module)
         publish_histograms(trainer, *({name: side[name] for name in self.masks} for side in (before, after)))
 
     def _resume_store(self, trainer: pl.Trainer) -> Any:

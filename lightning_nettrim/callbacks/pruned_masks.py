@@ -13,6 +13,7 @@ from lightning_nettrim.callbacks.checkpoints import by_own_names
 from lightning_nettrim.layers import masking
 from lightning_nettrim.pruning.config import PruningConfig
 from lightning_nettrim.pruning.plan_file import select_layers
+from lightning_nettrim.runtime.sharded import full
 
 MIN_SPARSITY = 0.01
 """Fraction of exact zeros from which on a weight counts as pruned."""
@@ -70,7 +71,7 @@ class PrunedMasks:
         """
         masks = {}
         for layer in select_layers(self._config, pl_module).find(pl_module)[0].values():
-            weight = layer.parameter.detach()
+            weight = full(layer.parameter)
             if masking.sparsity({"": weight}) >= MIN_SPARSITY and len(weight[weight != 0].unique()) > 1:
                 masks[layer.parameter_names()[0]] = weight != 0
         return masks

@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from lightning_nettrim.callbacks.checkpoints import verify_file
+from lightning_nettrim.callbacks.checkpoints import remove, verify_file
 from lightning_nettrim.callbacks.lightning_package import is_a
 from lightning_nettrim.callbacks.run_folder import release
 from lightning_nettrim.callbacks.validation import sibling
@@ -23,6 +23,7 @@ from lightning_nettrim.pruning.report_json import to_json
 from lightning_nettrim.pruning.results import PruningResult, comparison
 from lightning_nettrim.runtime.files import write_atomically
 from lightning_nettrim.runtime.resume import remove_entries
+from lightning_nettrim.runtime.sharded import full
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -70,7 +71,7 @@ def publish(
         )
         write_atomically(folder / "report.json", f"{json.dumps(content, indent=2, allow_nan=False)}\n".encode())
         remove_entries(folder / "layers", result.reused)
-        (folder / "dense.ckpt").unlink(missing_ok=True)
+        remove(folder / "dense.ckpt")
         release(folder)
         _upload(trainer, folder)
     trainer.print(f"\nNetTrim: wrote {folder / 'pruned.ckpt'} and report.json beside it")
@@ -144,4 +145,5 @@ def _write_trials(writer: SummaryWriter, result: PruningResult, monitor: str) ->
 def _write_histograms(writer: SummaryWriter, weights: Mapping[str, Tensor], step: int) -> None:
     """One histogram per parameter under ``nettrim/<parameter>``, with a slash before its last part."""
     for name, weight in weights.items():
-        writer.add_histogram(f"nettrim/{name.replace('.weight', '/weight').replace('.bias', '/bias')}", weight, step)
+        tag = name.replace(".weight", "/weight").replace(".bias", "/bias")
+        writer.add_histogram(f"nettrim/{tag}", full(weight), step)

@@ -17,6 +17,7 @@ from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mod
 from lightning_nettrim.callbacks.lightning_package import dummy_logger, is_a, of_package, overridden
 from lightning_nettrim.callbacks.preserve import preserved
 from lightning_nettrim.layers import Layer, masking
+from lightning_nettrim.runtime.sharded import local
 
 log = logging.getLogger(__name__)
 
@@ -195,7 +196,7 @@ def _try_step(
     trainer: pl.Trainer, module: pl.LightningModule, layers: Mapping[str, Layer], loaded: LoadedBatch, step: str
 ) -> tuple[str, list[str]]:
     """Why a step cannot be used, empty if it can, and which tensors it changes; their values are restored."""
-    own, called = {**dict(module.named_parameters()), **dict(module.named_buffers())}, []
+    own, called = masking.tensors(module), []
     before = masking.clone(module, list(own))
     with evaluation_mode(module), ExitStack() as stack:
         for layer in layers.values():
@@ -206,6 +207,6 @@ def _try_step(
             reason = "" if called else "it calls no layer that is to be pruned"
         except Exception as error:  # of any kind, on a batch of another form
             reason = f"it raised {type(error).__name__}: {error}"
-    changed = [name for name, tensor in own.items() if not torch.equal(tensor, before[name])]
+    changed = [name for name, tensor in own.items() if not torch.equal(local(tensor), local(before[name]))]
     masking.assign(module, {name: before[name] for name in changed})
     return reason, changed

@@ -10,15 +10,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from lightning_nettrim.callbacks.calibration_data import calibration_batches
-from lightning_nettrim.callbacks.lightning_package import is_a
 from lightning_nettrim.callbacks.steps import STEPS, LoadedBatch, StepForward, choose_step
+from lightning_nettrim.callbacks.strategy import is_distributed
 from lightning_nettrim.layers import Layer, check_model
 from lightning_nettrim.pruning.api import check_pruning, prune_model
 from lightning_nettrim.pruning.config import PruningConfig
 from lightning_nettrim.pruning.plan_file import select_layers
 from lightning_nettrim.pruning.results import PruningResult
 from lightning_nettrim.pruning.session_setup import CalibrationSource
-from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, TorchProcessGroup
+from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
 
 
 class TrainerPruning:
@@ -71,7 +71,7 @@ class TrainerPruning:
         with isolate_rng():
             if self._calibration == "val":
                 loaded = next(calibration_batches(trainer, pl_module, "val", 1))
-            source = CalibrationSource([loaded], self._forward(trainer, pl_module, loaded), _distributed(trainer))
+            source = CalibrationSource([loaded], self._forward(trainer, pl_module, loaded), is_distributed(trainer))
             try:
                 check_pruning(pl_module, source, self._config)
             except ValueError as error:
@@ -84,18 +84,21 @@ class TrainerPruning:
             MisconfigurationException: if there are no calibration batches.
         """
         batches = calibration_batches(trainer, pl_module, self._calibration, self._config.num_samples)
-        first = next(batches, None)
-        if first is None:
-            raise MisconfigurationException("NetTrim: expected batches to calibrate on, got none: the loader is empty")
+        with processes_of(trainer, pl_module).raise_together():
+            first = next(batches, None)
+            if first is None:
+                raise MisconfigurationException(
+                    "NetTrim: expected batches to calibrate on, got none: the loader is empty"
+                )
         forward = self._forward(trainer, pl_module, first)
-        source = CalibrationSource(chain([first], batches), forward, _distributed(trainer))
+        source = CalibrationSource(chain([first], batches), forward, is_distributed(trainer))
         return prune_model(pl_module, source, self._config, **more)
 
     def _forward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loaded: LoadedBatch) -> StepForward:
         """How calibration batches run through the module, chosen on one of them."""
         if self._step is None:
             layers = self.find_layers(pl_module)
-            processes = TorchProcessGroup.of(pl_module) if _distributed(trainer) else SINGLE_PROCESS
+            processes = processes_of(trainer, pl_module)
             try:
                 with processes.raise_together():
                     step = choose_step(trainer, pl_module, layers, loaded, self._requested_step)
@@ -106,5 +109,6 @@ class TrainerPruning:
         return self._step
 
 
-def _distributed(trainer: pl.Trainer) -> bool:
-    return is_a(trainer.strategy, "DDPStrategy")
+def processes_of(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ProcessGroup:
+    """The processes that prune the module of a Trainer together."""
+    return TorchProcessGroup.of(pl_module) if is_distributed(trainer) else SINGLE_PROCESS

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_nettrim.layers.base import Layer, LayerCall, joined
+from lightning_nettrim.runtime.sharded import gathered
 
 
 class InProjection(Layer):
@@ -61,11 +62,16 @@ class InProjection(Layer):
                 "expected self-attention, where query, key and value are the same tensor, got different"
                 " tensors: ignore this layer"
             )
-        bias = None if self.bias is None else self.module.get_parameter(self.bias)
+
+        def outputs(positions: Tensor) -> Tensor:
+            with gathered(self.module):
+                bias = None if self.bias is None else self.module.get_parameter(self.bias)
+                return F.linear(self.take_rows(query, positions), self.parameter, bias).detach()
+
         return LayerCall(
             query.numel() // query.shape[-1],
             lambda i: self.take_rows(query, i),
-            lambda i: F.linear(self.take_rows(query, i), self.parameter, bias).detach(),
+            outputs,
             None,
             tuple(query.shape[:-1]),
         )
@@ -92,7 +98,8 @@ class OutProjection(Layer):
         def inputs(positions: Tensor) -> Tensor:
             nonlocal heads
             if heads is None:
-                heads = self._concatenated_heads(args, kwargs)
+                with gathered(self.module):
+                    heads = self._concatenated_heads(args, kwargs)
             return self.take_rows(heads, positions)
 
         projected = output[0]

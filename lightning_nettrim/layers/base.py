@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from lightning_nettrim.runtime.sharded import class_of, full
+
 
 @dataclass(frozen=True, eq=False)
 class LayerCall:
@@ -99,7 +101,7 @@ class Layer(ABC):
 
     @property
     def parameter(self) -> Tensor:
-        """The weight parameter, in the shape that the module uses."""
+        """The weight parameter, in the shape that the module uses; it may be divided among processes."""
         return self.module.get_parameter(self.weight)
 
     def parameter_names(self, bias: bool = True) -> list[str]:
@@ -114,7 +116,7 @@ class Layer(ABC):
     @property
     def kind(self) -> str:
         """Name of the class of the module."""
-        return type(self.module).__name__
+        return class_of(self.module).__name__
 
     @abstractmethod
     def observe(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> LayerCall:
@@ -189,8 +191,8 @@ class Layer(ABC):
         return [*self.parameter_names(), *filter(None, map(_mask_name, self.parameter_names()))]
 
     def _masked_parameter(self, key: str) -> Tensor:
-        """A parameter, multiplied by its mask if ``torch.nn.utils.prune`` has added one."""
-        value = self.module.get_parameter(key).detach()
+        """A parameter, gathered, and multiplied by its mask if ``torch.nn.utils.prune`` has added one."""
+        value = full(self.module.get_parameter(key))
         return value * self.module.get_buffer(_mask_name(key)) if _mask_name(key) else value
 
     def penalty(self, like: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_nettrim.core.activation import MIN_SLOPE, Rectifier
 from lightning_nettrim.layers import Layer, joined
 from lightning_nettrim.layers.context import LayerContext
+from lightning_nettrim.runtime.sharded import full, sharded_like
 
 MIN_SCALE = 1e-3
 """Smallest scale of a BatchNorm that is folded, relative to the largest of the layer, so that folding is invertible."""
@@ -26,7 +27,7 @@ class FoldedLayer:
 
     Attributes:
         layer: the layer.
-        W: ``(groups, N or N + 1, M)`` the trained matrices of the layer, not folded.
+        trained: ``(groups, N or N + 1, M)`` the trained matrices of the layer, divided like its weight; see `W`.
         scale: ``(groups, 1, M)`` scale of the BatchNorm; 1 without BatchNorm.
         shift: ``(groups, 1, M)`` shift of the BatchNorm; 0 without BatchNorm.
         rectifier: activation that is applied last; ``None`` if the response is linear.
@@ -38,7 +39,7 @@ class FoldedLayer:
     """
 
     layer: Layer
-    W: Tensor
+    trained: Tensor
     scale: Tensor
     shift: Tensor
     rectifier: Rectifier | None
@@ -65,14 +66,15 @@ class FoldedLayer:
         if context.batchnorm is not None and not penalize_bias:
             norm: Any = model.get_submodule(context.batchnorm)
             if norm.bias is not None:
-                bias_parameter, beta = joined(context.batchnorm, "bias"), layer.per_output(norm.bias.detach().to(like))
+                bias_parameter, beta = joined(context.batchnorm, "bias"), layer.per_output(full(norm.bias).to(like))
         shift_in_bias = bias_parameter is not None or (layer.bias is not None and not penalize_bias)
         rectifier = context.rectifier
         if rectifier is not None and rectifier.slope is not None:
             slope = rectifier.slope.to(like).clamp(min=MIN_SLOPE)
             rectifier = replace(rectifier, slope=slope if slope.numel() == 1 else layer.per_output(slope))
         has_ones = shift_in_bias or layer.bias is not None
-        return cls(layer, W, scale, shift, rectifier, bias_parameter, beta, has_ones, shift_in_bias, active)
+        trained = sharded_like(W, layer.parameter, -1)
+        return cls(layer, trained, scale, shift, rectifier, bias_parameter, beta, has_ones, shift_in_bias, active)
 
     def updated(self, context: LayerContext, model: nn.Module) -> FoldedLayer:
         """Replace scale and shift by the current ones of the BatchNorm, which solutions of layers change.
@@ -85,6 +87,11 @@ class FoldedLayer:
             return self
         scale, shift, active = _batchnorm_affine(self.layer, context, model, self.scale)
         return replace(self, scale=scale, shift=shift, active=active)
+
+    @property
+    def W(self) -> Tensor:
+        """``(groups, N or N + 1, M)``: the trained matrices of the layer, not folded; gathered if they are divided."""
+        return full(self.trained)
 
     @property
     def written_names(self) -> list[str]:
@@ -161,8 +168,8 @@ def _batchnorm_affine(
         return torch.ones_like(like), torch.zeros_like(like), torch.ones_like(like, dtype=torch.bool)
     norm: Any = model.get_submodule(context.batchnorm)
     deviation = (norm.running_var.detach().to(like) + norm.eps).sqrt()
-    gamma = torch.ones_like(deviation) if norm.weight is None else norm.weight.detach().to(like)
-    bias = torch.zeros_like(deviation) if norm.bias is None else norm.bias.detach().to(like)
+    gamma = torch.ones_like(deviation) if norm.weight is None else full(norm.weight).to(like)
+    bias = torch.zeros_like(deviation) if norm.bias is None else full(norm.bias).to(like)
     shift = layer.per_output(bias - norm.running_mean.detach().to(like) * gamma / deviation)
     scale = layer.per_output(gamma / deviation)
     smallest = MIN_SCALE * scale.abs().amax()

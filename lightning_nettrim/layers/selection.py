@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_nettrim.layers.base import Layer, eager_name, joined
 from lightning_nettrim.layers.registry import layer_type_of
+from lightning_nettrim.runtime.sharded import check_sharding, full
 
 T = TypeVar("T")
 
@@ -27,11 +28,12 @@ def check_model(model: nn.Module) -> None:
     """Check that a model can be pruned in place.
 
     Raises:
-        ValueError: if a parameter is on the meta device.
+        ValueError: if a parameter is on the meta device, or divided among processes in another way than by FSDP2.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name}: expected weights in memory, got the meta device: materialize the model first")
+    check_sharding(model)
 
 
 def find_layers(
@@ -185,7 +187,7 @@ def _check_weights(name: str, layer: Layer) -> None:
     for parameter in (layer.parameter, *([] if layer.bias is None else [layer.module.get_parameter(layer.bias)])):
         if not parameter.is_floating_point():
             raise ValueError(f"{name}: expected floating-point weights, got {parameter.dtype}: ignore this layer")
-        if not bool(parameter.isfinite().all()):
+        if not bool(full(parameter).isfinite().all()):
             raise ValueError(
                 f"{name}: expected finite weights, got NaN or Inf: check whether the training has diverged"
             )

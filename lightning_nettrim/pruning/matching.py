@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lightning_nettrim.layers import masking
 from lightning_nettrim.runtime.distributed import ProcessGroup
 from lightning_nettrim.runtime.offload import StoredTensors
+from lightning_nettrim.runtime.sharded import is_averaged, is_sharded, local, local_part
 
 
 class Matching(NamedTuple):
@@ -109,7 +110,7 @@ def match(
     best_values, best_step = masking.clone(model, list(parameters)), 0
     before = best = matching.held_out_error(processes)
     with _only_trainable(model, parameters):
-        optimizer = torch.optim.Adam(parameters.values(), lr=schedule.lr)
+        optimizer = torch.optim.Adam(_groups(parameters), lr=schedule.lr)
         cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, schedule.max_steps)
         for step, index in enumerate(schedule.order(matching.training), 1):
             report(step / schedule.max_steps)
@@ -171,10 +172,18 @@ def _only_trainable(model: nn.Module, parameters: Mapping[str, nn.Parameter]) ->
             parameter.grad = gradient
 
 
+def _groups(parameters: Mapping[str, nn.Parameter]) -> list[dict[str, Any]]:
+    """The parameters in groups of an optimizer: those that are divided among processes, and the others."""
+    groups = [[p for p in parameters.values() if is_sharded(p) == sharded] for sharded in (False, True)]
+    return [{"params": group} for group in groups if group]
+
+
 def _finish_gradient(processes: ProcessGroup, parameter: nn.Parameter, mask: Tensor | None) -> None:
     """The gradient averaged over processes, zero where the mask does not keep the weight."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    parameter.grad = processes.sum(parameter.grad) / processes.count
+    gradient = local(parameter.grad)
+    if not is_averaged(parameter):
+        gradient.copy_(processes.sum(gradient) / processes.count)
     if mask is not None:
-        parameter.grad.masked_fill_(~mask.to(parameter.device), 0)
+        gradient.masked_fill_(~local_part(mask.to(parameter.device), parameter), 0)

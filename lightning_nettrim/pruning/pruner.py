@@ -18,6 +18,7 @@ from lightning_nettrim.pruning.recovery import Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult
 from lightning_nettrim.pruning.session import CalibrationSession, retried, with_fewer_rows
 from lightning_nettrim.pruning.steps import Step, with_memory_retries, with_progress, with_reports, with_resume
+from lightning_nettrim.runtime.sharded import full, reshard
 
 Budgets = Mapping[str, Budget]
 
@@ -63,6 +64,7 @@ def prune_layers(
         if session.config.scheme == "cascade":
             masking.assign(session.model, outcome.values)
             reestimate_after(session, name, budgets)
+        outcome = replace(outcome, values=masking.divided(session.model, outcome.values))
         outcomes[name], previous, chained = outcome, name, outcome.chained
     return outcomes, session
 
@@ -133,6 +135,7 @@ def _is_chainable(session: CalibrationSession, name: str) -> bool:
 
 def _result(session: CalibrationSession, outcomes: Mapping[str, LayerOutcome]) -> PruningResult:
     """The result for a pruned model, except errors and time."""
+    reshard(session.model)
     parameters = dict(session.model.named_parameters())
     prunable = {name: parameters[name] for name in session.prunable_parameters}
     bound = _end_to_end_bound(session.plan.layers, outcomes)
@@ -140,7 +143,7 @@ def _result(session: CalibrationSession, outcomes: Mapping[str, LayerOutcome]) -
     return PruningResult(
         reports=tuple(outcome.report for outcome in outcomes.values()),
         skipped=session.plan.skipped,
-        masks={name: parameter.detach() != 0 for name, parameter in prunable.items()},
+        masks={name: full(parameter) != 0 for name, parameter in prunable.items()},
         sparsity=masking.sparsity(prunable),
         model_sparsity=masking.sparsity(parameters),
         end_to_end_error=unknown,
@@ -161,6 +164,6 @@ def _end_to_end_bound(layers: Mapping[str, Layer], outcomes: Mapping[str, LayerO
         return None
     bound = 0.0
     for name, outcome in outcomes.items():
-        weight = outcome.values[layers[name].parameter_names()[0]].double()
+        weight = full(outcome.values[layers[name].parameter_names()[0]]).double()
         bound = bound * float(torch.linalg.matrix_norm(weight, 2)) + outcome.trained_distance
     return bound * (1 + 1e-5)

@@ -18,6 +18,7 @@ from lightning_nettrim.layers import Layer, joined, masking
 from lightning_nettrim.pruning.matching import LOSSES, Improvement, Matching, Schedule, match
 from lightning_nettrim.pruning.results import RecoveryReport
 from lightning_nettrim.pruning.windows import find_windows, record_outputs
+from lightning_nettrim.runtime.sharded import is_sharded, reshard
 
 if TYPE_CHECKING:
     from lightning_nettrim.pruning.session import CalibrationSession
@@ -136,6 +137,10 @@ class Distillation(Recovery):
         """
         model, processes, store = session.model, session.processes, session.run.store
         calibration_set = _calibration_set(session)
+        if is_sharded(model):
+            raise ValueError(
+                "recover: expected scope='network' for parameters that are divided among processes, got 'block'"
+            )
         with processes.raise_together():
             windows = find_windows(model, calibration_set[0], session.plan.layers, parameters.values())
         processes.check_agreement({window.name: "a window" for window in windows}, "use scope='network'")
@@ -179,6 +184,7 @@ def tuned_parameters(model: nn.Module, layers: Mapping[str, Layer]) -> dict[str,
     for path, module in model.named_modules():
         if isinstance(module, NORMS):
             names += [joined(path, key) for key, _ in module.named_parameters(recurse=False)]
+    reshard(model)
     parameters = dict(model.named_parameters())
     return {name: parameters[name] for name in names if name in parameters}
 

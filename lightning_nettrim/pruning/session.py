@@ -22,10 +22,37 @@ from lightning_nettrim.pruning.solver_states import SolverStates
 from lightning_nettrim.runtime.distributed import ProcessGroup
 from lightning_nettrim.runtime.memory import retry_with_less
 from lightning_nettrim.runtime.run_context import RunContext
+from lightning_nettrim.runtime.sharded import full
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class PrunableWeights(Mapping[str, Tensor]):
+    """``{name: (groups, N, M)}``: the trained weights of layers, each of which is gathered when it is read.
+
+    Attributes:
+        folded_layers: the layers.
+        bias: whether the bias is the last row.
+    """
+
+    folded_layers: Mapping[str, FoldedLayer]
+    bias: bool
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The weights of a layer."""
+        folded = self.folded_layers[name]
+        return folded.W if self.bias else folded.W[:, : folded.layer.inputs]
+
+    def __iter__(self) -> Iterator[str]:
+        """The names of the layers."""
+        return iter(self.folded_layers)
+
+    def __len__(self) -> int:
+        """Number of layers."""
+        return len(self.folded_layers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +106,17 @@ class CalibrationSession:
         penalize_bias = self.config.penalize_bias
         return [name for layer in self.plan.layers.values() for name in layer.parameter_names(penalize_bias)]
 
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> Mapping[str, Tensor]:
         """``{name: (groups, N, M)}``: the prunable weights of each layer, as trained."""
-        bias = self.config.penalize_bias
-        return {name: f.W if bias else f.W[:, : f.layer.inputs] for name, f in self.folded_layers.items()}
+        return PrunableWeights(self.folded_layers, self.config.penalize_bias)
 
     def sizes(self) -> dict[str, int]:
         """Number of prunable weights of each layer."""
-        return {name: W[0].numel() * len(W) for name, W in self.weights().items()}
+        bias = self.config.penalize_bias
+        return {
+            name: f.trained.numel() if bias else f.layer.groups * f.layer.inputs * f.layer.outputs
+            for name, f in self.folded_layers.items()
+        }
 
     def shared_sizes(self) -> dict[str, int]:
         """Number of prunable weights of each layer that shares the common sparsity."""
@@ -117,7 +147,7 @@ class CalibrationSession:
 
     def dense_values(self, name: str) -> dict[str, Tensor]:
         """The parameters of a layer, and of the BatchNorm that is solved with it, as trained."""
-        return {key: self.dense[key] for key in self.folded_layers[name].written_names}
+        return {key: full(self.dense[key]) for key in self.folded_layers[name].written_names}
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:

@@ -6,14 +6,15 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from itertools import chain, islice
 from typing import Any
 
 from torch import nn
 
 from lightning_nettrim.calibration.activations import Activations
-from lightning_nettrim.calibration.batch import Forward, call, evaluation_mode
+from lightning_nettrim.calibration.batch import CalibrationBatch, Forward, call, evaluation_mode, inputs_are_independent
 from lightning_nettrim.calibration.memory_model import layer_bytes, max_rows_within, resident_bytes
-from lightning_nettrim.calibration.nested import flatten
+from lightning_nettrim.calibration.nested import common_length, flatten
 from lightning_nettrim.calibration.output_cache import OutputCache
 from lightning_nettrim.calibration.reference import ReferenceOutputs
 from lightning_nettrim.calibration.sampling import CalibrationSet, sample_inputs
@@ -32,6 +33,7 @@ from lightning_nettrim.runtime.offload import TensorStore
 from lightning_nettrim.runtime.progress import Progress
 from lightning_nettrim.runtime.resume import ResumeStore
 from lightning_nettrim.runtime.run_context import RunContext
+from lightning_nettrim.runtime.sharded import is_sharded, reshard
 
 MEMORY_VARIATION = 1.1
 """Factor by which the available memory differs between two equal runs."""
@@ -80,11 +82,15 @@ def calibrate(
     meter = MemoryMeter(device)
     kept_in_budget = config.offload == "device" or device.type == "cpu"
     store = TensorStore(config.offload, limit / 4 if kept_in_budget else math.inf)
+    reshard(model)
+    if is_sharded(model) and not source.distributed:
+        raise ValueError(
+            "distributed: expected True for a model whose parameters are divided among processes, got False"
+        )
     processes = TorchProcessGroup.of(model) if source.distributed else SINGLE_PROCESS
     processes.check_identical(dict(model.named_parameters()))
     processes.broadcast(model.buffers())
-    with processes.raise_together():
-        calibration_set = sample_inputs(model, source.batches, config.num_samples, config.seed, store, source.forward)
+    calibration_set = _sample(model, source, config, store, processes)
     meter.read_peak()  # the sampling's temporaries are freed by now
     plan = make_plan(model, calibration_set, select_layers(config, model), processes)
     unused = store.capacity - store.size if kept_in_budget else 0.0
@@ -100,6 +106,30 @@ def calibrate(
     return session
 
 
+def _sample(
+    model: nn.Module, source: CalibrationSource, config: PruningConfig, store: TensorStore, processes: ProcessGroup
+) -> CalibrationSet:
+    """The calibration set of this process.
+
+    If the parameters of the model are divided among processes, these run all forward passes together: it is determined
+    on their first batches whether batches can be split, and all get equally many.
+    """
+    batches, independent = iter(source.batches), None
+    if is_sharded(model):
+        with processes.raise_together():
+            first = list(islice(batches, 1))
+        lengths = [common_length(batch) or 0 for batch in first]
+        batches, independent = chain(first, batches), processes.all(min(lengths, default=0) > 1)
+        if independent:
+            batch = CalibrationBatch(first[0], source.forward)
+            independent = processes.all(inputs_are_independent(model, batch, lengths[0]))
+    with processes.raise_together():
+        calibration_set = sample_inputs(
+            model, batches, config.num_samples, config.seed, store, source.forward, independent
+        )
+    return calibration_set.run_together(processes) if is_sharded(model) else calibration_set
+
+
 def start_session(
     model: nn.Module, config: PruningConfig, plan: Plan, calibration_set: CalibrationSet, run: RunContext
 ) -> CalibrationSession:
@@ -111,7 +141,8 @@ def start_session(
     key = "" if run.resume is None else _key(model, config, plan, calibration_set, run.processes)
     rows = _rows(config, plan, run, key)
     needed = min(run.available, max(layer_bytes(layer, rows[name]) for name, layer in plan.layers.items()))
-    cache = OutputCache(model, plan.layers, plan.contexts, plan.batchnorms, (run.available - needed) / 2)
+    capacity = 0.0 if is_sharded(model) else (run.available - needed) / 2
+    cache = OutputCache(model, plan.layers, plan.contexts, plan.batchnorms, capacity)
     calibration_set, run = calibration_set.with_cache(cache), replace(run, available=(run.available + needed) / 2)
     batchnorms = [name for name, layer in plan.batchnorms.items() if layer is not None]
     batchnorms = batchnorms if config.recalibrate_batchnorm else []

@@ -111,8 +111,9 @@ def _unfolded(session: CalibrationSession, name: str, problem: LayerProblem) -> 
     """The same problem in the layer's own weights, before the BatchNorm."""
     folded = session.folded_layers[name]
     free = folded.layer.bias is not None and not session.config.penalize_bias
-    X = problem.X[..., : folded.W.shape[1]]
-    return replace(problem, X=X, W=folded.W, penalty=folded.layer.penalty(X) if free else None)
+    W = folded.W
+    X = problem.X[..., : W.shape[1]]
+    return replace(problem, X=X, W=W, penalty=folded.layer.penalty(X) if free else None)
 
 
 def solve_failure(problem: LayerProblem, solution: Solution) -> str:

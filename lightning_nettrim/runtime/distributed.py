@@ -74,7 +74,8 @@ class ProcessGroup:
     def raise_together(self) -> Iterator[None]:
         """A `with` after which an error in one process is raised in all of them.
 
-        Its body must not communicate with other processes.
+        Its body must not communicate with other processes, except in forward passes of a model that is divided among
+        them. An error in such a pass is raised immediately, as the others may be waiting in it for this process.
 
         Raises:
             DistributedOutOfMemory: in all of several processes, if each process that failed ran out of memory.
@@ -84,6 +85,8 @@ class ProcessGroup:
         try:
             yield
         except Exception as error:
+            if _in_forward_of_shards(error):
+                raise
             failure = error
         if self.any(failure is not None):
             own = None if failure is None else (f"{type(failure).__name__}: {failure}", is_out_of_memory(failure))
@@ -137,6 +140,18 @@ class ProcessGroup:
 
     def broadcast(self, tensors: Iterable[Tensor]) -> None:
         """Copy the values of process 0 into the tensors of all processes, in place."""
+
+
+def mark_in_forward_of_shards(error: BaseException) -> None:
+    """Mark an error that has ended a forward pass of a model whose parameters are divided among processes."""
+    error.__dict__["in_forward_of_shards"] = True
+
+
+def _in_forward_of_shards(error: BaseException | None) -> bool:
+    """Whether an error, or one that it was raised from, is marked."""
+    return error is not None and (
+        "in_forward_of_shards" in error.__dict__ or _in_forward_of_shards(error.__cause__ or error.__context__)
+    )
 
 
 SINGLE_PROCESS = ProcessGroup()

@@ -9,9 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nettrim.runtime.sharded import full
+
 
 def fingerprint(*parts: Any) -> str:
-    """SHA-256 of numbers, strings, tensors and nested containers of them; equal contents have equal fingerprints."""
+    """SHA-256 of numbers, strings, tensors and nested containers of them; equal contents have equal fingerprints.
+
+    Tensors that are divided among processes are gathered, so that all of these must call it.
+    """
     digest = hashlib.sha256()
     for part in parts:
         _update(digest, part)
@@ -20,7 +25,7 @@ def fingerprint(*parts: Any) -> str:
 
 def _update(digest: Any, part: Any) -> None:
     if isinstance(part, Tensor):
-        part = part.detach().cpu().contiguous()
+        part = full(part).cpu().contiguous()
         digest.update(f"{part.dtype}{tuple(part.shape)}".encode())
         digest.update(part.reshape(-1).view(torch.uint8).numpy())
     elif isinstance(part, Mapping):

@@ -68,16 +68,23 @@ def test_a_process_that_exits_ends_a_fit_and_leaves_no_incomplete_file(tmp_path)
     assert not list(tmp_path.glob("2/*.pt"))
 
 
-@pytest.mark.parametrize("strategy", [FSDPStrategy, ModelParallelStrategy])
-def test_strategies_that_split_the_network_are_refused_by_name(strategy):
+class DeepSpeedStrategy(DDPStrategy):
+    """Has the name of Lightning's strategy, which needs a further package."""
+
+
+@pytest.mark.parametrize("strategy", [FSDPStrategy, DeepSpeedStrategy])
+def test_strategies_that_split_the_network_in_other_ways_are_refused_by_name(strategy):
     trainer = SimpleNamespace(strategy=strategy(), callbacks=[])
-    match = f"expected a single device or DDP.*, got {strategy.__name__}: .*validate.*allow_untested_strategy"
+    match = (
+        rf"expected a single device, DDP or ModelParallelStrategy \(FSDP2\), got {strategy.__name__}: .*validate.*"
+        "allow_untested_strategy"
+    )
     with pytest.raises(MisconfigurationException, match=match):
         NetTrim(sparsity=0.5).setup(trainer, ddp_worker.Net(), "fit")
     NetTrim(sparsity=0.5, allow_untested_strategy=True).setup(trainer, ddp_worker.Net(), "fit")
 
 
-def test_ddp_and_a_single_device_are_not_refused():
-    for strategy in (DDPStrategy(), SingleDeviceStrategy()):
+def test_ddp_fsdp2_and_a_single_device_are_not_refused():
+    for strategy in (DDPStrategy(), ModelParallelStrategy(), SingleDeviceStrategy()):
         trainer = SimpleNamespace(strategy=strategy, callbacks=[])
         NetTrim(sparsity=0.5).setup(trainer, ddp_worker.Net(), "fit")

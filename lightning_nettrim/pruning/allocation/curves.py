@@ -14,6 +14,7 @@ from lightning_nettrim.calibration.batch import evaluation_mode
 from lightning_nettrim.calibration.reference import ReferenceOutputs
 from lightning_nettrim.core.problem import LayerProblem
 from lightning_nettrim.core.streaming import select_outputs
+from lightning_nettrim.layers import masking
 from lightning_nettrim.pruning.layer import local_error
 from lightning_nettrim.pruning.layer_problem import layer_problem
 from lightning_nettrim.pruning.session import CalibrationSession, retried, with_fewer_rows
@@ -107,6 +108,7 @@ def measure_layers(session: CalibrationSession, names: Sequence[str]) -> Iterato
         key = fingerprint(session.fingerprint, repr(session.plan.budgets[name]), reference_density(session))
         with evaluation_mode(session.model):
             values, (kept, errors, error) = session.run.cached(f"curve-{name}", key, measure)
+        values = masking.divided(session.model, values)
         yield name, MeasuredLayer(ErrorCurve(tuple(kept), tuple(errors)), error, values)
 
 
