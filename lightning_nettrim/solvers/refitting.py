@@ -14,7 +14,6 @@ from lightning_nettrim.core.problem import LayerProblem
 from lightning_nettrim.core.prox import project_responses
 from lightning_nettrim.core.reductions import norm
 from lightning_nettrim.core.streaming import row_blocks
-from lightning_nettrim.solvers.base import coarse_products
 
 RARE_INPUT_RIDGE, RARE_INPUT_ENERGY = 1e-3, 1e-2
 """Ridge towards the trained weights for an input without energy, and the energy below which a ridge is applied.
@@ -29,7 +28,7 @@ DAMPING = 1e-7
 
 @matmul_precision("highest")
 def refit(
-    problem: LayerProblem, W: Tensor, *, max_steps: int = 8, cg_steps: int = 30, rtol: float = 1e-6, tf32: bool = True
+    problem: LayerProblem, W: Tensor, *, max_steps: int = 8, cg_steps: int = 30, rtol: float = 1e-6, atol: float = 0.0
 ) -> Tensor:
     r"""Argmin ½ dist²(XW, K) over W with the given support; K = {Z : Z_Ω = Y_Ω, Z_Ωᶜ ≤ V_Ωᶜ}.
 
@@ -45,7 +44,7 @@ def refit(
         max_steps: maximum number of Newton steps.
         cg_steps: maximum number of conjugate gradient steps in each; five times as many with a Gram matrix.
         rtol: stop when the relative decrease of the merit is at most this in every problem.
-        tf32: allow faster float32 formats for the products of a search direction, not for those of residuals.
+        atol: or when the decrease is at most this fraction of ‖Y‖.
 
     Returns:
         ``(*batch, N, M)`` weights on the same support, whose merit is at most that of ``W``.
@@ -61,6 +60,7 @@ def refit(
     gram = problem.processes.sum(X.mT @ X) if linear else None
     XW = X @ W
     R, merit = _residual(problem, XW), _merit(problem, W, XW, ridge)
+    smallest = atol * problem.processes.norm(torch.linalg.matrix_norm(problem.Y, keepdim=True))
     for _ in range(max_steps):
         if gram is None:
             active = torch.ones_like(R) if problem.Omega is None else _active(problem, XW, R)
@@ -73,11 +73,10 @@ def refit(
                 return support * (A @ D).add_(damped_ridge * D)
 
         b = support * problem.processes.sum(X.mT @ R) + ridge * (problem.W - W)
-        with coarse_products(tf32):
-            D = _conjugate_gradients(curvature, b, scale, cg_steps if gram is None else 5 * cg_steps)
+        D = _conjugate_gradients(curvature, b, scale, cg_steps if gram is None else 5 * cg_steps)
         W, XW = _descend(problem, W, XW, D, merit, ridge)
         R, merit, previous = _residual(problem, XW), _merit(problem, W, XW, ridge), merit
-        if bool((merit >= (1 - rtol) * previous).all()):
+        if bool((merit >= previous - torch.maximum(rtol * previous, smallest)).all()):
             break
     return W
 

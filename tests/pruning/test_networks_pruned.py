@@ -206,3 +206,29 @@ def test_other_precisions(dtype):
     assert {value.dtype for value in model.parameters()} == {dtype}
     assert count_zeros(model, result.masks) == (216 + 288) // 2
     assert bool(outputs(model, x).isfinite().all())
+
+
+def test_a_batchnorm_after_the_activation_is_part_of_the_next_layers_inputs():
+    """Its statistics are those of the pruned layer's response, and its scale and shift stay as they are."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv1d(3, 16, 5), nn.ReLU(), nn.BatchNorm1d(16), nn.MaxPool1d(2), nn.Conv1d(16, 8, 3), nn.ReLU(),
+        nn.BatchNorm1d(8), nn.Flatten(), nn.Linear(24, 4),
+    )  # fmt: skip
+    x = torch.randn(300, 3, 14)
+    with torch.no_grad():
+        for _ in range(20):
+            model(x)
+    dense = copy.deepcopy(model.eval())
+    result = trim(model, x.split(50), sparsity=0.6, allocate="uniform")
+    with torch.no_grad():
+        first, second = model[:2](x), model[3:6](model[:3](x))
+        reference = dense[:2](x)
+    for norm, response in ((2, first), (6, second)):
+        variance, mean = torch.var_mean(response, (0, 2))
+        torch.testing.assert_close(model[norm].running_mean, mean, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(model[norm].running_var, variance, rtol=1e-4, atol=1e-5)
+        assert torch.equal(model[norm].weight, dense[norm].weight)
+        assert torch.equal(model[norm].bias, dense[norm].bias)
+    error = float((first - reference).norm() / reference.norm())
+    assert result.reports[0].local_error == pytest.approx(error, rel=1e-4)
