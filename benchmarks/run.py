@@ -138,7 +138,12 @@ def _parser() -> argparse.ArgumentParser:
     default = memory.Settings()
     _add_out(command, default)
     command.add_argument("--network", default=default.network, help="torchvision model (default %(default)s)")
-    command.add_argument("--limits", type=float, nargs="+", default=[*default.limits], help="max_memory, in GiB")
+    command.add_argument("--limits", type=float, nargs="+", default=[], help="max_memory, in GiB")
+    command.add_argument(
+        "--larger-than-memory", action="store_true", help="a Llama with its weights on disk, in place of --network"
+    )
+    _add_integer(command, default, "dim", "features of this Llama")
+    _add_integer(command, default, "depth", "blocks of this Llama")
     command.add_argument("--offload", default=default.offload, choices=("device", "cpu", "disk"))
     command.add_argument("--scheme", default=default.scheme, choices=("cascade", "parallel"))
     command.add_argument("--targets", nargs="+", default=[], help="layers to prune, by name or glob; default: all")

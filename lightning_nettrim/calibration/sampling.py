@@ -136,12 +136,26 @@ class _Template:
 
 
 @dataclass(frozen=True, eq=False)
-class _StoredBatch:
-    """A batch whose tensors are in a store; ``rows`` selects some of their rows, ``None`` is all."""
+class StoredBatch:
+    """A nested value, such as a batch, whose tensors are in a store; ``rows`` selects some rows, ``None`` is all."""
 
     tensors: StoredTensors
     template: _Template
     rows: slice | None = None
+
+    @classmethod
+    def of(cls, value: Any, store: TensorStore, divisible: bool) -> StoredBatch:
+        """Store a nested value.
+
+        Args:
+            value: any nested tensors.
+            store: where the tensors are kept.
+            divisible: whether the first dimension of all its tensors is that of the inputs.
+        """
+        leaves, structure = flatten(value)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return cls(store.put(tensors), _Template(leaves, structure, divisible))
 
     def load(self) -> Any:
         """The batch."""
@@ -150,7 +164,7 @@ class _StoredBatch:
         leaves = [next(parts) if leaf is _TENSOR else leaf for leaf in self.template.leaves]
         return self.template.structure.build(iter(leaves))
 
-    def halves(self) -> list[_StoredBatch]:
+    def halves(self) -> list[StoredBatch]:
         """Two batches with half of the rows each, or this one if it cannot be split."""
         tensors = self.tensors.load() if self.template.divisible else []
         start, stop, _ = (self.rows or slice(None)).indices(min(map(len, tensors), default=0))
@@ -158,6 +172,25 @@ class _StoredBatch:
         if stop - start < 2:
             return [self]
         return [replace(self, rows=slice(start, middle)), replace(self, rows=slice(middle, stop))]
+
+
+@dataclass(frozen=True, eq=False)
+class _StoredPair:
+    """A batch and a value that belongs to it, which are split together."""
+
+    batch: StoredBatch | _StoredPair
+    value: StoredBatch | None
+
+    def load(self) -> tuple[Any, Any]:
+        """The batch and the value."""
+        return self.batch.load(), None if self.value is None else self.value.load()
+
+    def halves(self) -> list[_StoredPair]:
+        """Two pairs with half of the rows each, or this one if one of both cannot be split."""
+        batches: Sequence[StoredBatch | _StoredPair] = self.batch.halves()
+        values: Sequence[StoredBatch | None] = [None, None] if self.value is None else self.value.halves()
+        split = len(batches) == len(values) == 2
+        return [_StoredPair(batch, value) for batch, value in zip(batches, values, strict=True)] if split else [self]
 
 
 class CalibrationSet(Sequence[CalibrationBatch]):
@@ -172,7 +205,7 @@ class CalibrationSet(Sequence[CalibrationBatch]):
 
     def __init__(
         self,
-        batches: Sequence[_StoredBatch],
+        batches: Sequence[StoredBatch | _StoredPair],
         inputs: int,
         forward: Forward = call,
         cache: OutputCache | None = None,
@@ -205,12 +238,23 @@ class CalibrationSet(Sequence[CalibrationBatch]):
 
     def with_smaller_batches(self) -> CalibrationSet:
         """The same inputs in batches of half the size, where batches can be split."""
-        halves = [half for batch in self._batches for half in batch.halves()]
+        halves: list[StoredBatch | _StoredPair] = [half for batch in self._batches for half in batch.halves()]
         return CalibrationSet(halves, self.inputs, self._forward, self.cache)
 
     def with_cache(self, cache: OutputCache) -> CalibrationSet:
         """The same batches, run with a cache of the outputs of layers."""
         return CalibrationSet(self._batches, self.inputs, self._forward, cache)
+
+    def paired(self, values: Sequence[StoredBatch] | None, forward: Forward) -> CalibrationSet:
+        """A calibration set of pairs ``(batch, value)``.
+
+        Args:
+            values: one for each batch; ``None`` is the value ``None`` for all.
+            forward: function that runs a pair through a model.
+        """
+        all_values: Sequence[StoredBatch | None] = [None] * len(self) if values is None else values
+        pairs = [_StoredPair(*pair) for pair in zip(self._batches, all_values, strict=True)]
+        return CalibrationSet(pairs, self.inputs, forward)
 
     def divided(self, batches: int) -> CalibrationSet:
         """The same inputs in at least so many batches, or in as many as possible."""
@@ -304,9 +348,9 @@ def _row_types(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     return [(t.shape[1:], t.dtype) for t in tensors]
 
 
-def _concatenated(group: Sequence[tuple[list[Tensor], _Template]], store: TensorStore) -> _StoredBatch:
+def _concatenated(group: Sequence[tuple[list[Tensor], _Template]], store: TensorStore) -> StoredBatch:
     """The batch of a group of chunks, or the only batch of a group that is not divisible."""
     parts, templates = zip(*group, strict=True)
     if templates[0].tensors is not None:
-        return _StoredBatch(templates[0].tensors, templates[0])
-    return _StoredBatch(store.put([torch.cat(tensors) for tensors in zip(*parts, strict=True)]), templates[0])
+        return StoredBatch(templates[0].tensors, templates[0])
+    return StoredBatch(store.put([torch.cat(tensors) for tensors in zip(*parts, strict=True)]), templates[0])
