@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_nettrim.calibration.batch import CalibrationBatch, Forward, StopForward
 from lightning_nettrim.calibration.nested import common_length
+from lightning_nettrim.calibration.output_cache import replaced_forward
 from lightning_nettrim.calibration.sampling import StoredBatch
 from lightning_nettrim.layers import joined
 from lightning_nettrim.runtime.offload import TensorStore
@@ -111,8 +112,7 @@ class SegmentForward:
 
         with ExitStack() as stack:
             for block in self.sequence.blocks[: self.segment]:
-                block.forward = lambda *args, **kwargs: previous
-                stack.callback(delattr, block, "forward")
+                stack.enter_context(replaced_forward(block, lambda *args, **kwargs: previous))
             if self.segment == len(self.sequence):
                 return self.forward(model, batch)
             stack.callback(self.sequence.blocks[self.segment].register_forward_hook(end).remove)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -71,11 +71,18 @@ class StreamedModel:
         slots = (slot for slots in self._slots.values() for slot in slots if slot.name == name)
         return [alias for slot in slots for alias in self._names[id(slot.value)] if alias in self.files]
 
+    def loaded(self, part: int | None) -> AbstractContextManager[None]:
+        """A `with` in which a part has its values; there is nothing in a part beyond the last block."""
+        return self._with_values(self._slots.get(part, []))
+
+    def loaded_parameters(self, names: Collection[str]) -> AbstractContextManager[None]:
+        """A `with` in which some parameters and buffers have their values."""
+        return self._with_values([slot for slots in self._slots.values() for slot in slots if slot.name in names])
+
     @contextmanager
-    def loaded(self, part: int | None) -> Iterator[None]:
-        """A `with` in which a part has its values; those of a number beyond the last block are none."""
-        slots = self._slots.get(part, [])
+    def _with_values(self, slots: Sequence[_Slot]) -> Iterator[None]:
         own = {id(slot.value) for slot in slots} - {*self._loaded}
+        before = [slot.values[slot.key] for slot in slots]
         try:
             for slot in slots:
                 if id(slot.value) not in self._loaded:
@@ -83,8 +90,8 @@ class StreamedModel:
                 slot.values[slot.key] = self._loaded[id(slot.value)]
             yield
         finally:
-            for slot in slots:
-                slot.values[slot.key] = slot.value
+            for slot, value in zip(slots, before, strict=True):
+                slot.values[slot.key] = value
             for key in own:
                 self._loaded.pop(key, None)
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_nettrim.calibration.activations import Activations
 from lightning_nettrim.calibration.batch import evaluation_mode
@@ -17,10 +17,13 @@ from lightning_nettrim.calibration.memory_model import RESIDENT_COPIES
 from lightning_nettrim.calibration.reference import ReferenceOutputs
 from lightning_nettrim.calibration.sampling import CalibrationSet, sample_inputs
 from lightning_nettrim.calibration.streamed_model import OUTSIDE, StreamedModel
+from lightning_nettrim.layers import Layer
 from lightning_nettrim.layers.context import LayerContext
 from lightning_nettrim.layers.folding import FoldedLayer
+from lightning_nettrim.pruning.allocation.magnitude import MagnitudeAllocation, kept_by_magnitude
 from lightning_nettrim.pruning.allocation.named import allocate as allocate_budgets
-from lightning_nettrim.pruning.allocation.uniform import UniformAllocation
+from lightning_nettrim.pruning.allocation.uniform import UniformAllocation, kept_in_total
+from lightning_nettrim.pruning.budget import Budget
 from lightning_nettrim.pruning.config import PruningConfig
 from lightning_nettrim.pruning.plan import Plan, coverage_warning
 from lightning_nettrim.pruning.plan_file import plan_to_yaml
@@ -62,11 +65,11 @@ def check_options(config: PruningConfig, distributed: bool) -> None:
     Raises:
         ValueError: naming an option that needs the whole model in memory, and what to use instead.
     """
-    shares = config.sparsity is not None or config.max_drop is not None
-    if shares and not (config.allocate == "uniform" or isinstance(config.allocate, UniformAllocation)):
+    usable = config.allocate in ("uniform", "magnitude", UniformAllocation(), MagnitudeAllocation())
+    if config.sparsity is not None and not usable:
         raise ValueError(
-            f"allocate: expected 'uniform' with weights=, got {config.allocate!r}, which needs the whole network in"
-            " memory: pass allocate='uniform', or budgets of layers by per_layer= or plan="
+            f"allocate: expected 'uniform' or 'magnitude' with weights=, got {config.allocate!r}, which measures"
+            " effects in the whole network: pass allocate='uniform', or a plan= with the sparsity of each layer"
         )
     if config.max_drop is not None or config.recover is not None:
         name = "recover" if config.max_drop is None else "max_drop"
@@ -127,7 +130,7 @@ def prune_from_files(
         if warning := coverage_warning(found.plan):
             run.note(warning)
         shapes = _session_without_weights(model, config, found.plan, calibration_set, run)
-        budgets = allocate_budgets(shapes, config.sparsity)
+        budgets = _budgets(shapes, streamed)
         result = PruningResult.of_dry_run(found.plan.skipped)
         if not dry_run:
             with tensors.copied(files.output) as copy:
@@ -145,6 +148,33 @@ def prune_from_files(
         seconds=time.perf_counter() - start,
         peak_memory=meter.peak / GIB,
     )
+
+
+def _budgets(shapes: CalibrationSession, streamed: StreamedModel) -> dict[str, Budget]:
+    """The budget of every layer by the allocation of the options."""
+    sizes, sparsity = shapes.shared_sizes(), shapes.config.sparsity
+    if not sizes or sparsity is None or shapes.config.allocate not in ("magnitude", MagnitudeAllocation()):
+        return allocate_budgets(shapes, sparsity)
+    weights = _Matrices({name: shapes.plan.layers[name] for name in sizes}, streamed, shapes.config.penalize_bias)
+    return shapes.budgets_keeping(kept_by_magnitude(weights, kept_in_total(sizes, sparsity), shapes.kept_bounds()))
+
+
+class _Matrices(Mapping[str, Tensor]):
+    """The prunable weights of layers, each of which is read when it is accessed."""
+
+    def __init__(self, layers: Mapping[str, Layer], streamed: StreamedModel, penalize_bias: bool) -> None:
+        self._layers, self._streamed, self._penalize_bias = layers, streamed, penalize_bias
+
+    def __getitem__(self, name: str) -> Tensor:
+        layer = self._layers[name]
+        with self._streamed.loaded_parameters(layer.written_names):
+            return layer.matrix() if self._penalize_bias else layer.matrix()[:, : layer.inputs]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
 
 
 def _session_without_weights(

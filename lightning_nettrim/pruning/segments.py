@@ -97,7 +97,9 @@ class SegmentPruning:
         outputs = self._outputs(index, trained)
         self._assign_outer(1)
         key = fingerprint(self._key, session.fingerprint, self._found.importance) if session.fingerprint else ""
-        on_pruned = replace(session.activations, calibration_set=pruned)
+        cache = session.activations.calibration_set.cache
+        assert cache is not None
+        on_pruned = replace(session.activations, calibration_set=pruned.with_cache(cache))
         session = replace(session, fingerprint=key)
         if self._config.scheme == "cascade":
             session = replace(session, activations=on_pruned)
