@@ -173,7 +173,9 @@ def _first_dependents(
 ) -> list[tuple[Tensor, int]]:
     """All parameters and buffers, each with the index of the first layer whose output depends on it."""
     positions = {name: index for index, name in enumerate(layers)}
-    owners = [(model.get_submodule(name), positions[layer] + 1) for name, layer in batchnorms.items() if layer]
+    owners = [
+        (model.get_submodule(name), positions[layer] + 1) for name, layer in batchnorms.items() if layer in positions
+    ]
     owners += [(layer.module, positions[name]) for name, layer in reversed([*layers.items()])]
     of_module = {part: index for module, index in owners for part in module.modules()}
     first: dict[Tensor, int] = {}

@@ -72,34 +72,34 @@ class SegmentPruning:
                 forward = SegmentForward(self._streamed.sequence, index, self._forward)
                 trained_inputs = self._calibration_set.paired(trained, forward)
                 pruned_inputs = trained_inputs if pruned is None else self._calibration_set.paired(pruned, forward)
-                own, trained = self._prune(index, trained_inputs, pruned_inputs, copy)
+                own, trained, pruned = self._prune(index, trained_inputs, pruned_inputs, copy)
                 if own is not None:
                     result = replace(own, reports=result.reports + own.reports, skipped=result.skipped)
-                pruned = self._outputs(index, pruned_inputs)
                 self._all.count(self._parameters(index))
         self._all.count(self._parameters(None))
         return replace(result, sparsity=self._prunable.fraction, model_sparsity=self._all.fraction)
 
     def _prune(
         self, index: int, trained: CalibrationSet, pruned: CalibrationSet, copy: TensorCopy
-    ) -> tuple[PruningResult | None, list[StoredBatch]]:
-        """Prune one segment in place; the result if it has layers, and the outputs of the trained segment."""
+    ) -> tuple[PruningResult | None, list[StoredBatch], list[StoredBatch]]:
+        """Prune one segment in place; the result if it has layers, and the outputs of the trained and pruned one."""
         plan, model, budgets = self._found.segments[index], self._streamed.model, self._budgets
         self._assign_outer(0)
         if not plan.layers:
             outputs = self._outputs(index, trained)
             self._assign_outer(1)
-            return None, outputs
+            return None, outputs, self._outputs(index, pruned)
         count = len(self._found.segments)
         progress = Progress(lambda phase, part: self._run.progress.report(phase, (index + part) / count))
         run = replace(self._run, progress=progress)
         session = start_session(model, self._config, plan, trained, run, self._found.importance)
-        outputs = self._outputs(index, trained)
-        self._assign_outer(1)
-        key = fingerprint(self._key, session.fingerprint, self._found.importance) if session.fingerprint else ""
         cache = session.activations.calibration_set.cache
         assert cache is not None
-        on_pruned = replace(session.activations, calibration_set=pruned.with_cache(cache))
+        outputs = self._outputs(index, trained.with_cache(cache))
+        self._assign_outer(1)
+        key = fingerprint(self._key, session.fingerprint, self._found.importance) if session.fingerprint else ""
+        pruned = pruned.with_cache(cache)
+        on_pruned = replace(session.activations, calibration_set=pruned)
         session = replace(session, fingerprint=key)
         if self._config.scheme == "cascade":
             session = replace(session, activations=on_pruned)
@@ -114,7 +114,7 @@ class SegmentPruning:
         reports = tuple(outcome.report for outcome in outcomes.values())
         result, session = measure_errors(session, replace(PruningResult.of_dry_run(()), reports=reports))
         self._finish(index, session, outcomes, copy)
-        return result, outputs
+        return result, outputs, self._outputs(index, pruned)
 
     def _finish(
         self, index: int, session: CalibrationSession, outcomes: dict[str, LayerOutcome], copy: TensorCopy
