@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import convex, llama, memory, networks, oneshot, pitch, processes
+from benchmarks import convex, layer_cost, llama, memory, networks, oneshot, pitch, processes
 from benchmarks.peers import Unavailable
 from benchmarks.plots import plot_accuracy, plot_convergence
 from benchmarks.report import Row, column_titles, header, line, write
@@ -21,6 +21,7 @@ BENCHMARKS = {
     "llama": llama,
     "pitch": pitch,
     "memory": memory,
+    "layer_cost": layer_cost,
     "processes": processes,
 }
 
@@ -32,7 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: arguments of the command line; ``None`` is those of the process.
     """
     options = vars(_parser().parse_args(arguments))
-    name, sections = options.pop("benchmark"), options.pop("sections", ())
+    name = options.pop("benchmark")
+    sections = options.pop("sections", ()) if name == "convex" else ()
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
     settings = BENCHMARKS[name].Settings(**options)
     if name == "convex":
@@ -138,7 +140,12 @@ def _parser() -> argparse.ArgumentParser:
     default = memory.Settings()
     _add_out(command, default)
     command.add_argument("--network", default=default.network, help="torchvision model (default %(default)s)")
-    command.add_argument("--limits", type=float, nargs="+", default=[*default.limits], help="max_memory, in GiB")
+    command.add_argument("--limits", type=float, nargs="+", default=[], help="max_memory, in GiB")
+    command.add_argument(
+        "--larger-than-memory", action="store_true", help="a Llama with its weights on disk, in place of --network"
+    )
+    _add_integer(command, default, "dim", "features of this Llama")
+    _add_integer(command, default, "depth", "blocks of this Llama")
     command.add_argument("--offload", default=default.offload, choices=("device", "cpu", "disk"))
     command.add_argument("--scheme", default=default.scheme, choices=("cascade", "parallel"))
     command.add_argument("--targets", nargs="+", default=[], help="layers to prune, by name or glob; default: all")
@@ -146,6 +153,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_integer(command, default, "size", "height and width of an image, in pixels")
     _add_integer(command, default, "batch", "number of images per batch")
     _add_integer(command, default, "samples", "num_samples of trim")
+
+    command = commands.add_parser(
+        "layer_cost", help="time and peak memory of one layer by its size, and their exponents"
+    )
+    default = layer_cost.Settings()
+    _add_out(command, default)
+    command.add_argument("--sections", nargs="+", default=[*default.sections], choices=[*layer_cost.SIZES])
+    command.add_argument("--methods", nargs="+", default=[], choices=[*layer_cost.METHODS], help="default: all")
+    _add_integer(command, default, "largest", "most entries of X, W or Y")
+    _add_integer(command, default, "steps", "steps of Cardinality")
 
     command = commands.add_parser("processes", help="step time by the number of processes that share the rows")
     default = processes.Settings()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import convex, lenet, run
+from benchmarks import convex, layer_cost, lenet, run
 from benchmarks.peers import (
     TimedOut,
     Trial,
@@ -304,3 +304,25 @@ def test_processes_and_memory_commands_print_tables_and_write_their_files(tmp_pa
         (row,) = csv.DictReader(file)
     assert 0 < float(row["peak"]) == pytest.approx(float(row["ratio"]) * float(row["limit"]))
     assert "peak layer" in capsys.readouterr().out
+
+
+def test_the_memory_command_prunes_a_llama_from_its_files(tmp_path, capsys):
+    run.main(["memory", "--larger-than-memory", "--dim", "64", "--depth", "2", "--out", str(tmp_path)])
+    with (tmp_path / "memory.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert float(row["limit"]) == 1
+    assert row["peak_layer"].startswith("blocks.")
+    blocks = 2 * (4 * 64 * 64 + 3 * 64 * 211 + 2 * 64)
+    assert float(row["weights"]) == pytest.approx(4 * (blocks + 2 * 128 * 64 + 64) / 2**30)
+    assert "weights (GiB)" in capsys.readouterr().out
+
+
+def test_the_layer_cost_command_fits_exponents(tmp_path, capsys):
+    options = ["--sections", "inputs", "outputs", "--methods", "magnitude + refit", "--largest", "60000"]
+    run.main(["layer_cost", "--out", str(tmp_path), *options])
+    with (tmp_path / "layer_cost.csv").open() as file:
+        sizes = [(row["section"], int(row["inputs"]), int(row["outputs"])) for row in csv.DictReader(file)]
+    assert sizes == [("inputs", 32, 64), ("outputs", 256, 16)]
+    assert layer_cost.exponents([1, 10, 100], [2, 200, 20000]) == pytest.approx((2, 2))
+    assert layer_cost.exponents([1, 2, 4], [1, 1, 2])[1] == pytest.approx(1)
+    assert "exponent of" in capsys.readouterr().out

@@ -104,17 +104,31 @@ class Activations:
         A layer reads another one if its input equals that one's response on some rows of the first calibration batch.
         Layers without readers are left out.
         """
+        return importance_of_reads(self.reads(weights, {})[0])
+
+    def reads(
+        self, weights: Mapping[str, Tensor], earlier: Mapping[str, Tensor]
+    ) -> tuple[dict[str, list[Tensor]], dict[str, Tensor]]:
+        """The weights with which layers read the responses of others.
+
+        Args:
+            weights: ``{name: (groups, N, M)}`` of the layers.
+            earlier: ``{name: (P, M)}``: compared responses of other layers.
+
+        Returns:
+            ``{name: [(M,), ...]}``: for each reader of a response, the sums of its squared weights; and
+            ``{name: (P, M)}``: the compared responses of the layers.
+        """
         first = replace(self, calibration_set=self.calibration_set[:1], rows=dict.fromkeys(self.rows, COMPARED_ROWS))
         recordings = first.record(*self.layers)
         responses = {name: self.response(name, recording)[0] for name, recording in recordings.items()}
-        importance = {}
-        for name, response in responses.items():
-            readers = [reader for reader in recordings if reader != name and self._equal(response, recordings[reader])]
-            if readers:
-                inputs = self.layers[name].outputs
-                square = torch.stack([weights[reader][0, :inputs].square().sum(-1) for reader in readers]).sum(0)
-                importance[name] = (square / square.mean()).nan_to_num(1.0).clamp(min=1e-2).sqrt().reshape(1, 1, -1)
-        return importance
+        reads: dict[str, list[Tensor]] = {}
+        for name, response in (dict(earlier) | responses).items():
+            inputs = response.shape[-1]
+            for reader, recording in recordings.items():
+                if reader != name and self._equal(response, recording):
+                    reads.setdefault(name, []).append(weights[reader][0, :inputs].square().sum(-1))
+        return reads, responses
 
     def _finite(self, name: str, recorded: Tensor | None) -> Tensor:
         """The recorded tensor after a check that it is finite; an error in one process is raised in all."""
@@ -125,3 +139,16 @@ class Activations:
                     f"{name}: expected finite activations, got NaN or Inf: check the calibration data and the weights"
                 )
         return recorded
+
+
+def importance_of_reads(reads: Mapping[str, list[Tensor]]) -> dict[str, Tensor]:
+    """``{name: (groups, 1, M)}``: the norm of all weights that read each output, with mean square one.
+
+    Args:
+        reads: ``{name: [(M,), ...]}``: sums of squared weights, as `Activations.reads` returns them.
+    """
+    squares = {name: torch.stack(parts).sum(0) for name, parts in reads.items()}
+    return {
+        name: (square / square.mean()).nan_to_num(1.0).clamp(min=1e-2).sqrt().reshape(1, 1, -1)
+        for name, square in squares.items()
+    }

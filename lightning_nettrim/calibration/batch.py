@@ -106,6 +106,11 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Device of the first parameter that has values; the CPU if there is none."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
 class StopForward(BaseException):
     """Raised by a hook to end a forward pass early; see `CalibrationBatch.run_until_stopped`."""
 
@@ -131,8 +136,7 @@ class CalibrationBatch:
 
     def __call__(self, model: nn.Module) -> Any:
         """Run the batch on the device of the model's parameters, with autocast disabled."""
-        parameter = next(model.parameters(), None)
-        device = torch.device("cpu") if parameter is None else parameter.device
+        device = device_of(model)
         batch = to_device(self.batch, device)
         autocast = torch.autocast(device.type, enabled=False)
         with _seeded(self.seed, device), autocast, _resharded(model), self.reuse():

@@ -10,6 +10,10 @@ MIN_ROWS = 256
 """Minimum number of rows of a layer that are recorded, even if they exceed the available memory."""
 
 
+RESIDENT_COPIES = 3
+"""Copies of the weights that are in use throughout a run."""
+
+
 def recording_bytes(layer: Layer, rows: int, inputs: bool) -> int:
     """Bytes that the recording of a layer takes: a reservoir with up to twice the rows, and a copy of the rows.
 
@@ -42,7 +46,7 @@ def resident_bytes(layers: Mapping[str, Layer], rows: Mapping[str, int], availab
     stored = sum(4 * rows[name] * layer.groups * layer.outputs for name, layer in layers.items())
     if spectra:
         stored += sum(4 * a.groups * a.inputs * min(a.inputs, rows[name]) for name, a in layers.items())
-    return 3 * weights + min(stored, available)
+    return RESIDENT_COPIES * weights + min(stored, available)
 
 
 def layer_bytes(layer: Layer, rows: int) -> int:

@@ -102,7 +102,7 @@ class OutputCache:
 
         with ExitStack() as stack:
             for module, index in self._indices.items():
-                stack.enter_context(_replaced_forward(module, forward_of(module, index)))
+                stack.enter_context(replaced_forward(module, forward_of(module, index)))
             yield
 
     def disable(self) -> None:
@@ -155,7 +155,7 @@ def _bytes(tensor: Tensor) -> int:
 
 
 @contextmanager
-def _replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """A `with` in which a module computes its output by another function; its hooks are called as before."""
     own = vars(module).get("forward")
     module.forward = forward
@@ -173,7 +173,9 @@ def _first_dependents(
 ) -> list[tuple[Tensor, int]]:
     """All parameters and buffers, each with the index of the first layer whose output depends on it."""
     positions = {name: index for index, name in enumerate(layers)}
-    owners = [(model.get_submodule(name), positions[layer] + 1) for name, layer in batchnorms.items() if layer]
+    owners = [
+        (model.get_submodule(name), positions[layer] + 1) for name, layer in batchnorms.items() if layer in positions
+    ]
     owners += [(layer.module, positions[name]) for name, layer in reversed([*layers.items()])]
     of_module = {part: index for module, index in owners for part in module.modules()}
     first: dict[Tensor, int] = {}

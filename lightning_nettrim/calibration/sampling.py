@@ -137,12 +137,26 @@ class _Template:
 
 
 @dataclass(frozen=True, eq=False)
-class _StoredBatch:
-    """A batch whose tensors are in a store; ``rows`` selects some of their rows, ``None`` is all."""
+class StoredBatch:
+    """A nested value, such as a batch, whose tensors are in a store; ``rows`` selects some rows, ``None`` is all."""
 
     tensors: StoredTensors
     template: _Template
     rows: slice | None = None
+
+    @classmethod
+    def of(cls, value: Any, store: TensorStore, divisible: bool) -> StoredBatch:
+        """Store a nested value.
+
+        Args:
+            value: any nested tensors.
+            store: where the tensors are kept.
+            divisible: whether the first dimension of all its tensors is that of the inputs.
+        """
+        leaves, structure = flatten(value)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        leaves = [_TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return cls(store.put(tensors), _Template(leaves, structure, divisible))
 
     def load(self) -> Any:
         """The batch."""
@@ -162,13 +176,36 @@ class _StoredBatch:
         start, stop = self._range()
         return max(stop - start, 1)
 
-    def halves(self) -> list[_StoredBatch]:
+    def halves(self) -> list[StoredBatch]:
         """Two batches with half of the rows each, or this one if it cannot be split."""
         start, stop = self._range()
         middle = (start + stop + 1) // 2
         if stop - start < 2:
             return [self]
         return [replace(self, rows=slice(start, middle)), replace(self, rows=slice(middle, stop))]
+
+
+@dataclass(frozen=True, eq=False)
+class _StoredPair:
+    """A batch and a value that belongs to it, which are split together."""
+
+    batch: StoredBatch | _StoredPair
+    value: StoredBatch | None
+
+    def load(self) -> tuple[Any, Any]:
+        """The batch and the value."""
+        return self.batch.load(), None if self.value is None else self.value.load()
+
+    def size(self) -> int:
+        """Number of parts that the pair can be split into."""
+        return min(part.size() for part in (self.batch, self.value) if part is not None)
+
+    def halves(self) -> list[_StoredPair]:
+        """Two pairs with half of the rows each, or this one if one of both cannot be split."""
+        batches: Sequence[StoredBatch | _StoredPair] = self.batch.halves()
+        values: Sequence[StoredBatch | None] = [None, None] if self.value is None else self.value.halves()
+        split = len(batches) == len(values) == 2
+        return [_StoredPair(batch, value) for batch, value in zip(batches, values, strict=True)] if split else [self]
 
 
 class CalibrationSet(Sequence[CalibrationBatch]):
@@ -185,7 +222,7 @@ class CalibrationSet(Sequence[CalibrationBatch]):
 
     def __init__(
         self,
-        batches: Sequence[_StoredBatch],
+        batches: Sequence[StoredBatch | _StoredPair],
         inputs: int,
         forward: Forward = call,
         processes: ProcessGroup = SINGLE_PROCESS,
@@ -220,7 +257,7 @@ class CalibrationSet(Sequence[CalibrationBatch]):
 
     def with_smaller_batches(self) -> CalibrationSet:
         """The same inputs in batches of half the size, where batches can be split."""
-        halves = [half for batch in self._batches for half in batch.halves()]
+        halves: list[StoredBatch | _StoredPair] = [half for batch in self._batches for half in batch.halves()]
         return CalibrationSet(halves, self.inputs, self._forward, self._processes, self.cache)
 
     def with_cache(self, cache: OutputCache) -> CalibrationSet:
@@ -230,6 +267,17 @@ class CalibrationSet(Sequence[CalibrationBatch]):
     def run_together(self, processes: ProcessGroup) -> CalibrationSet:
         """The same inputs in as many batches as in the other processes, which run every forward pass with this one."""
         return CalibrationSet(self._batches, self.inputs, self._forward, processes, self.cache)
+
+    def paired(self, values: Sequence[StoredBatch] | None, forward: Forward) -> CalibrationSet:
+        """A calibration set of pairs ``(batch, value)``.
+
+        Args:
+            values: one for each batch; ``None`` is the value ``None`` for all.
+            forward: function that runs a pair through a model.
+        """
+        all_values: Sequence[StoredBatch | None] = [None] * len(self) if values is None else values
+        pairs = [_StoredPair(*pair) for pair in zip(self._batches, all_values, strict=True)]
+        return CalibrationSet(pairs, self.inputs, forward)
 
     def divided(self, batches: int) -> CalibrationSet:
         """The same inputs in at least so many batches, or in as many as possible."""
@@ -242,7 +290,7 @@ class CalibrationSet(Sequence[CalibrationBatch]):
         return divided
 
 
-def _equally_many(batches: list[_StoredBatch], processes: ProcessGroup) -> list[_StoredBatch]:
+def _equally_many(batches: list[StoredBatch | _StoredPair], processes: ProcessGroup) -> list[StoredBatch | _StoredPair]:
     """The batches, some of them split or dropped so that all processes have equally many."""
     if processes.count == 1:
         return batches
@@ -340,9 +388,9 @@ def _row_types(tensors: Sequence[Tensor]) -> list[tuple[Any, ...]]:
     return [(t.shape[1:], t.dtype) for t in tensors]
 
 
-def _concatenated(group: Sequence[tuple[list[Tensor], _Template]], store: TensorStore) -> _StoredBatch:
+def _concatenated(group: Sequence[tuple[list[Tensor], _Template]], store: TensorStore) -> StoredBatch:
     """The batch of a group of chunks, or the only batch of a group that is not divisible."""
     parts, templates = zip(*group, strict=True)
     if templates[0].tensors is not None:
-        return _StoredBatch(templates[0].tensors, templates[0])
-    return _StoredBatch(store.put([torch.cat(tensors) for tensors in zip(*parts, strict=True)]), templates[0])
+        return StoredBatch(templates[0].tensors, templates[0])
+    return StoredBatch(store.put([torch.cat(tensors) for tensors in zip(*parts, strict=True)]), templates[0])

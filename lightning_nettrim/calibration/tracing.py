@@ -108,6 +108,7 @@ def trace_forward(model: nn.Module, layers: Mapping[str, Layer], batches: Iterab
             if isinstance(module, BATCH_NORMS) and module.running_mean is not None:
                 stack.callback(module.register_forward_pre_hook(on_batchnorm(name)).remove)
         for batch in batches:
+            last = None
             try:
                 with tracer, products:
                     result = batch(model)

@@ -32,7 +32,10 @@ def check_model(model: nn.Module) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ValueError(f"{name}: expected weights in memory, got the meta device: materialize the model first")
+            raise ValueError(
+                f"{name}: expected weights in memory, got the meta device: materialize the model first, or give"
+                " the file of its weights to trim(weights=...)"
+            )
     check_sharding(model)
 
 
@@ -187,7 +190,7 @@ def _check_weights(name: str, layer: Layer) -> None:
     for parameter in (layer.parameter, *([] if layer.bias is None else [layer.module.get_parameter(layer.bias)])):
         if not parameter.is_floating_point():
             raise ValueError(f"{name}: expected floating-point weights, got {parameter.dtype}: ignore this layer")
-        if not bool(full(parameter).isfinite().all()):
+        if not parameter.is_meta and not bool(full(parameter).isfinite().all()):
             raise ValueError(
                 f"{name}: expected finite weights, got NaN or Inf: check whether the training has diverged"
             )

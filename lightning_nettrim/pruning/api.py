@@ -19,6 +19,7 @@ from lightning_nettrim.pruning.allocation.base import Allocation
 from lightning_nettrim.pruning.allocation.named import allocate as allocate_budgets
 from lightning_nettrim.pruning.budget import Options
 from lightning_nettrim.pruning.config import PruningConfig
+from lightning_nettrim.pruning.from_file import WeightFiles, prune_from_files
 from lightning_nettrim.pruning.layer import prune_layer
 from lightning_nettrim.pruning.plan_file import plan_to_yaml
 from lightning_nettrim.pruning.pruner import prune_network
@@ -73,6 +74,9 @@ def trim(
     on_progress: Callable[[str, float], None] | None = None,
     distributed: bool = False,
     forward: Forward = call,
+    weights: str | Path | None = None,
+    output: str | Path | None = None,
+    blocks: str | None = None,
 ) -> PruningResult:
     """Prune a trained model in place, without retraining it.
 
@@ -138,9 +142,17 @@ def trim(
             with batches of its own. Samples stay on their process, ``num_samples`` in each; all processes get the same
             network, to the bit.
         forward: called with the model and a batch, if batches are to be passed in another way.
+        weights: safetensors file or folder of a checkpoint with the weights of a model on the meta device, which need
+            not fit into memory: one block is loaded at a time. Not with options that need the whole network, such as
+            ``allocate="global"``.
+        output: file or folder where a copy of ``weights`` with the pruned weights is written; the model and ``weights``
+            are not changed.
+        blocks: name of the ``nn.ModuleList`` or ``nn.Sequential`` whose elements are loaded one at a time, with
+            ``weights``; ``None`` is the largest one with elements of one class. Each of them must read the output of
+            the one before.
 
     Returns:
-        The reports, masks and totals.
+        The reports, masks and totals; no masks with ``weights``.
 
     Raises:
         ValueError: for options, models and batches that cannot be used; the model is not changed.
@@ -156,17 +168,15 @@ def trim(
         stores.append(ResumeStore(Path(str(folder)), [Path(other) for other in resume_from], processes))
         return stores[-1]
 
-    result = prune_model(
-        model,
-        CalibrationSource(batches, forward, distributed),
-        config,
-        metric=metric,
-        resume=None if folder is None else resume,
-        dry_run=dry_run,
-        on_layer=on_layer,
-        on_trial=on_trial,
-        on_progress=on_progress,
-    )
+    source = CalibrationSource(batches, forward, distributed)
+    common: dict[str, Any] = {"dry_run": dry_run, "on_layer": on_layer, "on_progress": on_progress}
+    common["resume"] = None if folder is None else resume
+    if weights is None and output is None and blocks is None:
+        result = prune_model(model, source, config, metric=metric, on_trial=on_trial, **common)
+    elif weights is None or output is None:
+        raise ValueError("weights, output: expected both or none of them (blocks= needs both), got one: give both")
+    else:
+        result = prune_from_files(model, WeightFiles(Path(weights), Path(output), blocks), source, config, **common)
     for store in stores:
         store.remove()
     return result

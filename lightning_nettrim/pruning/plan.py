@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
-from lightning_nettrim.calibration.tracing import trace_forward
+from lightning_nettrim.calibration.tracing import ForwardTrace, trace_forward
 from lightning_nettrim.layers import EXCLUDED_BY_USER, Layer, find_layers, joined, match_options, matrices
 from lightning_nettrim.layers.context import LayerContext
 from lightning_nettrim.pruning.budget import Budget, Options, override, sets_budget
@@ -85,12 +85,27 @@ def make_plan(
             different processes.
     """
     layers, budgets, skipped = selection.find(model)
-    options = match_options(selection.per_layer, layers)
     with processes.raise_together(), evaluation_mode(model):
         trace = trace_forward(model, layers, batches)
     advice = "the forward pass depends on its activations; ignore this layer, or shuffle the batches"
     processes.check_agreement(trace.described(), advice)
-    skipped |= trace.unusable
+    return plan_of_trace(model, selection, (layers, budgets, skipped), trace)
+
+
+def plan_of_trace(
+    model: nn.Module,
+    selection: LayerSelection,
+    found: tuple[dict[str, Layer], dict[str, Budget], dict[str, str]],
+    trace: ForwardTrace,
+) -> Plan:
+    """The plan for the layers that a selection has found, of which a forward pass has been traced.
+
+    Raises:
+        ValueError: if the forward pass calls none of them.
+    """
+    layers, budgets, skipped = found
+    options = match_options(selection.per_layer, layers)
+    skipped = skipped | trace.unusable
     unreached = [name for name in layers if name not in trace.contexts and name not in trace.unusable]
     skipped |= dict.fromkeys(unreached, "never called in the forward pass")
     skipped |= _direct_products(model, trace.direct_products, {*layers, *skipped})

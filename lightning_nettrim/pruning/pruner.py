@@ -54,11 +54,18 @@ def prune_network(
 
 
 def prune_layers(
-    session: CalibrationSession, budgets: Budgets, step: Step
+    session: CalibrationSession, budgets: Budgets, step: Step, previous: str | None = None
 ) -> tuple[dict[str, LayerOutcome], CalibrationSession]:
-    """The loop over the layers, in order of execution."""
+    """The loop over the layers, in order of execution.
+
+    Args:
+        session: the trained model with its calibration data.
+        budgets: of every layer.
+        step: prunes one layer.
+        previous: the layer that has been pruned before the first one; ``None`` if there is none.
+    """
     outcomes: dict[str, LayerOutcome] = {}
-    chained, previous = True, None
+    chained = previous is None
     for name in session.plan.layers:
         outcome, session = step(session, name, budgets[name], previous, chained and _is_chainable(session, name))
         if session.config.scheme == "cascade":

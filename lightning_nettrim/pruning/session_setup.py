@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import chain, islice
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_nettrim.calibration.activations import Activations
 from lightning_nettrim.calibration.batch import CalibrationBatch, Forward, call, evaluation_mode, inputs_are_independent
@@ -131,9 +131,23 @@ def _sample(
 
 
 def start_session(
-    model: nn.Module, config: PruningConfig, plan: Plan, calibration_set: CalibrationSet, run: RunContext
+    model: nn.Module,
+    config: PruningConfig,
+    plan: Plan,
+    calibration_set: CalibrationSet,
+    run: RunContext,
+    importance: Mapping[str, Tensor] | None = None,
 ) -> CalibrationSession:
-    """The session of a plan: record the responses of all layers, in as many rows as the memory allows."""
+    """The session of a plan: record the responses of all layers, in as many rows as the memory allows.
+
+    Args:
+        model: the trained model.
+        config: the options.
+        plan: the layers.
+        calibration_set: sampled inputs.
+        run: environment of the run.
+        importance: of the outputs of layers, if it is known.
+    """
     folded_layers = {
         name: FoldedLayer.create(layer, plan.contexts[name], model, config.penalize_bias)
         for name, layer in plan.layers.items()
@@ -158,18 +172,18 @@ def start_session(
         reference=ReferenceOutputs(run.store, run.available),
         dense=masking.clone(model, sorted(changed)),
         batchnorms=tuple(batchnorms),
-        importance={},
+        importance=importance or {},
         solver_states=SolverStates(run.store),
         run=run,
     )  # fmt: skip
     run.progress.activity = "recording the responses of the trained network"
     with evaluation_mode(model):
-        if config.importance == "outgoing":
+        if config.importance == "outgoing" and importance is None:
             weights = session.weights()
-            importance, session = retried(
+            found, session = retried(
                 session, lambda s: s.activations.outgoing_importance(weights), with_smaller_batches
             )
-            session = replace(session, importance=importance)
+            session = replace(session, importance=found)
         _, session = retried(session, lambda s: s.reference.record(s.activations), with_smaller_batches)
     if run.resume is not None:
         recorded = run.processes.gather(session.reference.fingerprint())
@@ -188,7 +202,8 @@ def _key(
     options = {name: repr(getattr(config, name)) for name in COMPUTED_BY} | {"max_rows": config.rows_limit}
     contexts = {name: str(context) for name, context in plan.contexts.items()}
     inputs = (fingerprint(flatten(batch.batch)[0]) for batch in calibration_set)
-    own = fingerprint(version("lightning_nettrim"), dict(model.state_dict()), options, contexts, *inputs)
+    state = {name: value for name, value in model.state_dict().items() if not value.is_meta}
+    own = fingerprint(version("lightning_nettrim"), state, options, contexts, *inputs)
     return fingerprint(processes.gather(own))
 
 
@@ -202,10 +217,11 @@ def _rows(config: PruningConfig, plan: Plan, run: RunContext, key: str) -> dict[
     rows, fewest, most = (fitting(factor * run.available) for factor in (1, 1 / MEMORY_VARIATION, MEMORY_VARIATION))
     if run.resume is None or fewest == most:
         return rows
-    entry = run.resume.read("rows", key)
+    entry_name = f"rows of {next(iter(rows))}"
+    entry = run.resume.read(entry_name, key)
     if entry is not None and all(fewest[name] <= count <= most[name] for name, count in entry[1].items()):
         return dict(entry[1])
-    run.resume.write("rows", key, {}, rows)
+    run.resume.write(entry_name, key, {}, rows)
     return rows
 
 

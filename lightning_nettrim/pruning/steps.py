@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 
+from lightning_nettrim.calibration.batch import device_of
 from lightning_nettrim.layers import Layer
 from lightning_nettrim.pruning.budget import Budget
 from lightning_nettrim.pruning.layer import LayerOutcome, prune_layer
@@ -51,7 +52,7 @@ def with_resume(step: Step, label: str = "") -> Step:
         entry = resume.read(label + name, key)
         if entry is not None:
             values, metadata = entry
-            device = next(session.model.parameters()).device
+            device = device_of(session.model)
             report = LayerReport(
                 **{**metadata.pop("report"), "shape": tuple(session.plan.layers[name].parameter.shape)}
             )

@@ -9,11 +9,12 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_nettrim.core.blocks import BLOCK
 from lightning_nettrim.core.problem import LayerProblem
 from lightning_nettrim.core.prox import project_pattern, project_responses
 from lightning_nettrim.core.streaming import gram, select_rows
 from lightning_nettrim.solvers.base import Solution, Solver
-from lightning_nettrim.solvers.refitting import distance, rare_input_ridge, refit
+from lightning_nettrim.solvers.refitting import column_energy, distance, rare_input_ridge, refit
 
 FINAL_RHO = 3.0
 """ρ, relative to the mean eigenvalue of H, at which the support no longer changes even for uncorrelated inputs."""
@@ -211,19 +212,37 @@ def compute_spectrum(problem: LayerProblem) -> Spectrum:
 
 
 def _spectrum_of_few_samples(problem: LayerProblem) -> Spectrum:
-    """The spectrum for fewer samples than inputs, from AAᵀ, ``(P, P)``, whose nonzero eigenvalues are those of AᵀA."""
+    """The spectrum for fewer samples than inputs, from AAᵀ, ``(P, P)``, whose nonzero eigenvalues are those of AᵀA.
+
+    A, the scaled penalized inputs without their regression on the free ones, is computed in blocks of inputs, so that
+    X and Q are the only matrices of size P × N.
+    """
     X = problem.X.to(problem.Y.device)
-    A, free = X[..., problem.penalized_rows], X[..., problem.free_rows]
+    rows, free = problem.penalized_rows, X[..., problem.free_rows]
     free_inverse = torch.linalg.pinv((free.mT @ free).double(), hermitian=True)
-    regression = (free_inverse @ (free.mT @ A).double()).to(A)
-    energy = A.square().sum(-2).unsqueeze(-1)
+    regression = (free_inverse @ (free.mT @ X).double())[..., rows].to(X)
+    energy = column_energy(X)[..., rows, :]
     scale = (energy + rare_input_ridge(energy)).sqrt()
-    A = (A - free @ regression) * torch.where(scale > 0, 1 / scale, 0).mT
-    values, U = torch.linalg.eigh((A @ A.mT).double())
-    root = torch.where(values > 1e-6 * values.amax(-1, keepdim=True), values, 0).sqrt().to(A)
-    vectors = A.mT @ (U.to(A) * torch.where(root > 0, 1 / root, 0).unsqueeze(-2))
+    unscale = torch.where(scale > 0, 1 / scale, 0)
+    (P, n), size = (X.shape[-2], len(rows)), max(BLOCK // X.shape[-2], 1)
+
+    def scaled_inputs(start: int) -> Tensor:
+        block = slice(start, start + size)
+        A = X.index_select(-1, rows[block])
+        return A.sub_(free @ regression[..., block]).mul_(unscale[..., block, :].mT)
+
+    K = X.new_zeros(len(X), P, P)
+    for start in range(0, n, size):
+        A = scaled_inputs(start)
+        K.baddbmm_(A, A.mT)
+    values, U = torch.linalg.eigh(K.double())
+    root = torch.where(values > 1e-6 * values.amax(-1, keepdim=True), values, 0).sqrt().to(X)
+    U = U.to(X) * torch.where(root > 0, 1 / root, 0).unsqueeze(-2)
+    vectors = X.new_empty(len(X), n, P)
+    for start in range(0, n, size):
+        vectors[:, start : start + size] = scaled_inputs(start).mT @ U
     return Spectrum(
-        scale, root.square().unsqueeze(-2), vectors, regression, free_inverse.to(A), torch.zeros_like(scale)
+        scale, root.square().unsqueeze(-2), vectors, regression, free_inverse.to(X), torch.zeros_like(scale)
     )
 
 

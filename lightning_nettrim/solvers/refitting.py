@@ -52,7 +52,7 @@ def refit(
     problem = replace(problem, X=problem.X.to(problem.Y.device))
     X = problem.X
     support = ((W != 0) | (problem.lambdas == 0)).to(W)
-    energy = problem.processes.sum(X.square().sum(-2)).unsqueeze(-1)  # (*batch, N, 1), the diagonal of XᵀX
+    energy = problem.processes.sum(column_energy(X))
     ridge = (problem.ridge * energy + rare_input_ridge(energy) * (problem.lambdas > 0)) * support
     damped_ridge = DAMPING * energy.mean(-2, keepdim=True) + ridge
     scale = support / (energy + damped_ridge).clamp(min=torch.finfo(W.dtype).tiny)
@@ -79,6 +79,11 @@ def refit(
         if bool((merit >= previous - torch.maximum(rtol * previous, smallest)).all()):
             break
     return W
+
+
+def column_energy(X: Tensor) -> Tensor:
+    """``(*batch, N, 1)``: the diagonal of XᵀX, without a temporary of the size of X."""
+    return torch.linalg.vector_norm(X, dim=-2).square().unsqueeze(-1)
 
 
 def rare_input_ridge(energy: Tensor) -> Tensor:
