@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,6 +17,9 @@ from lightning_nettrim.pruning.session import CalibrationSession
 
 MIN_DENSITY, MAX_DENSITY = 0.002, 0.5
 """Range of the search, if the bounds of the layers allow it."""
+
+SUFFICIENT, MAX_USED = 0.9, 16.0
+"""Fraction of the drop that is worth no further trial, and the largest one, or inverse of one, that is told apart."""
 
 
 def prune_within_drop(
@@ -44,22 +48,24 @@ def prune_within_drop(
     tolerance = max_drop + 1e-9 * max(abs(dense), 1.0)
     best: tuple[float, PruningResult, dict[str, Tensor]] | None = None
 
-    def is_within(value: float) -> bool:
-        return value >= dense - tolerance if config.mode == "max" else value <= dense + tolerance
+    def used(value: float) -> float:
+        """The fraction of the drop that a metric has used; it is within the drop up to 1."""
+        return (dense - value if config.mode == "max" else value - dense) / tolerance
 
-    def evaluate(sparsity: float) -> float:
+    def evaluate(sparsity: float) -> Trial:
         nonlocal best, session
         budgets = allocate(session, sparsity)
         result, session = prune_network(session, budgets, label=f"{sparsity:.4f}@")
         value = mean(metric())
-        if is_within(value) and (best is None or sparsity > best[0]):
+        trial = Trial(sparsity, value, used(value) <= 1)
+        if trial.within and (best is None or sparsity > best[0]):
             best = sparsity, replace(result, plan=plan_to_yaml(session.plan, budgets)), session.snapshot()
         if on_trial is not None:
-            on_trial(Trial(sparsity, value, is_within(value)))
-        return value
+            on_trial(trial)
+        return trial
 
     least, most = (sum(bound[i] for bound in bounds.values()) / sum(sizes.values()) for i in (0, 1))
-    trials = search_sparsity(evaluate, is_within, limits=(max(least, MIN_DENSITY), min(most, MAX_DENSITY)))
+    trials = search_sparsity(evaluate, used, limits=(max(least, MIN_DENSITY), min(most, MAX_DENSITY)))
     if best is None:
         result, session = prune_network(session, zero_budgets(session.plan))
     else:
@@ -72,21 +78,22 @@ def prune_within_drop(
 
 
 def search_sparsity(
-    evaluate: Callable[[float], float],
-    is_within: Callable[[float], bool],
+    evaluate: Callable[[float], Trial],
+    used: Callable[[float], float],
     *,
     first: float = 0.1,
     limits: tuple[float, float] = (MIN_DENSITY, MAX_DENSITY),
     max_trials: int = 9,
 ) -> list[Trial]:
-    """Bisect the logarithm of the density.
+    """Search the density at which the drop is used up, whose logarithm depends smoothly on that of the drop.
 
-    The first density is halved, or doubled, until a trial is on the other side of the drop; then the interval is
-    bisected until its ends differ by less than 4 %.
+    As long as all trials are on one side of it, the drop is assumed to grow with the inverse square of the density.
+    Then it is interpolated between the sparsest trial within the drop and the densest one that is not. The search ends
+    when a trial is within the drop and uses nine tenths of it, or when the densities of both differ by less than 4 %.
 
     Args:
-        evaluate: prunes to a sparsity and returns the metric.
-        is_within: whether a metric is within the drop.
+        evaluate: prunes to a sparsity and measures the metric.
+        used: the fraction of the drop that a metric has used; at most 1 is within the drop.
         first: density of the first trial.
         limits: densities between which is searched.
         max_trials: maximum number of trials.
@@ -95,21 +102,25 @@ def search_sparsity(
         All trials in order; the result is the sparsest one within the drop, if any.
     """
     trials: list[Trial] = []
-    density, good, bad = min(max(first, limits[0]), limits[1]), None, None
+    density = min(max(first, limits[0]), limits[1])
+    good: tuple[float, float] | None = None  # density and used drop of the sparsest trial within the drop
+    bad: tuple[float, float] | None = None
     while len(trials) < max_trials:
-        metric = evaluate(1 - density)
-        trials.append(Trial(1 - density, metric, is_within(metric)))
-        good, bad = (density, bad) if trials[-1].within else (good, density)
-        if good is None:
-            if density >= limits[1]:
+        trials.append(evaluate(1 - density))
+        fraction = used(trials[-1].metric)
+        point = density, min(max(fraction, 1 / MAX_USED), MAX_USED) if math.isfinite(fraction) else MAX_USED
+        good, bad = (point, bad) if trials[-1].within else (good, point)
+        if trials[-1].within and point[1] >= SUFFICIENT:
+            break
+        if good is None or bad is None:
+            if density == limits[good is None]:
                 break
-            density = min(2 * density, limits[1])
-        elif bad is None:
-            if density <= limits[0]:
-                break
-            density = max(density / 2, limits[0])
-        elif good / bad < 1.04:
+            change = min(max(point[1] ** 0.5, 0.25), 4.0)
+            change = max(change, 1.25) if good is None else min(change, 0.8)
+            density = min(max(change * density, limits[0]), limits[1])
+        elif good[0] / bad[0] < 1.04:
             break
         else:
-            density = (good * bad) ** 0.5
+            part = math.log(1 / good[1]) / math.log(bad[1] / good[1])
+            density = good[0] * (bad[0] / good[0]) ** min(max(part, 0.1), 0.9)
     return trials

@@ -8,35 +8,57 @@ import pytest
 from networks import copied_state, count_hooks, equal_states, mlp_batches, outputs, wide_mlp
 
 from lightning_nettrim import trim
+from lightning_nettrim.pruning.results import Trial
 from lightning_nettrim.pruning.search import MAX_DENSITY, MIN_DENSITY, search_sparsity
 
 # --- known metrics
 
 
+def search(used, **options):
+    """The search where the drop that a density uses is known; the metric is that drop."""
+    return search_sparsity(
+        lambda sparsity: Trial(sparsity, used(1 - sparsity), used(1 - sparsity) <= 1), lambda metric: metric, **options
+    )
+
+
 @pytest.mark.parametrize("limit", [0.003, 0.02, 0.07, 0.1, 0.3, 0.45])
-def test_the_lowest_density_within_the_drop_is_found(limit):
-    trials = search_sparsity(lambda sparsity: float(1 - sparsity >= limit), lambda metric: metric == 1)
+def test_the_lowest_density_within_the_drop_is_found_where_the_drop_jumps(limit):
+    trials = search(lambda density: 0.0 if density >= limit else float("inf"))
     best = max(trial.sparsity for trial in trials if trial.within)
-    assert limit <= 1 - best <= 1.2 * limit
+    assert limit <= 1 - best <= 1.3 * limit
     assert len(trials) <= 9
 
 
+@pytest.mark.parametrize("exponent", [1.0, 2.0, 3.0, 5.0])
+@pytest.mark.parametrize("limit", [0.01, 0.03, 0.07, 0.2, 0.4])
+def test_few_trials_find_it_where_the_drop_is_smooth(limit, exponent):
+    trials = search(lambda density: (limit / density) ** exponent)
+    best = max(trial.sparsity for trial in trials if trial.within)
+    assert limit <= 1 - best <= 1.12 * limit
+    assert len(trials) <= 5
+
+
 def test_if_no_trial_is_within_the_drop_the_search_ends_at_the_largest_density():
-    trials = search_sparsity(lambda sparsity: 0.0, lambda metric: metric > 0)
+    trials = search(lambda density: 100.0)
     assert not any(trial.within for trial in trials)
     assert 1 - trials[-1].sparsity == pytest.approx(MAX_DENSITY)
 
 
 def test_if_all_trials_are_within_the_drop_the_search_ends_at_the_smallest_density():
-    trials = search_sparsity(lambda sparsity: 1.0, lambda metric: metric > 0)
+    trials = search(lambda density: -1.0)
     assert all(trial.within for trial in trials)
     assert 1 - trials[-1].sparsity == pytest.approx(MIN_DENSITY)
 
 
+def test_a_metric_that_is_not_a_number_is_beyond_the_drop():
+    trials = search(lambda density: 0.5 if density > 0.2 else float("nan"))
+    assert 1 - max(trial.sparsity for trial in trials if trial.within) <= 1.3 * 0.2
+
+
 def test_the_search_stays_within_its_limits_and_its_number_of_trials():
-    trials = search_sparsity(lambda sparsity: float(sparsity), lambda metric: metric < 0.85, limits=(0.08, 0.3))
+    trials = search(lambda density: 0.15 / density, limits=(0.08, 0.3))
     assert all(0.08 <= 1 - trial.sparsity <= 0.3 for trial in trials)
-    assert len(search_sparsity(float, lambda metric: metric < 0.85, max_trials=3)) == 3
+    assert len(search(lambda density: float(density < 0.15) * 9, max_trials=3)) == 3
 
 
 # --- by pruning
