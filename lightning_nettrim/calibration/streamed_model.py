@@ -150,7 +150,7 @@ class StreamedModel:
         """The value of a parameter or buffer."""
         name = self._name(slot)
         if name is None:
-            return _computed_buffer(slot) if slot.value.is_meta else slot.value
+            return _computed_buffer(self.model, slot) if slot.value.is_meta else slot.value
         value = self.files.read(name).to(slot.value.dtype)
         if value.is_floating_point() and not bool(value.isfinite().all()):
             raise ValueError(f"{slot.name}: expected finite weights, got NaN or Inf in {self.files.path}")
@@ -165,15 +165,19 @@ def _is_float(tensor: Tensor) -> bool:
     return tensor.is_floating_point()
 
 
-def _computed_buffer(slot: _Slot) -> Tensor:
+def _computed_buffer(model: nn.Module, slot: _Slot) -> Tensor:
     """A buffer that is in no file, such as the frequencies of a position embedding, from a new instance of its module.
 
     Raises:
-        ValueError: if the module cannot be created from its ``config``, as those of Hugging Face's models can.
+        ValueError: if the module cannot be created from a ``config``, its own or that of a module which contains it, as
+            those of Hugging Face's models can.
     """
     try:
+        path = slot.name.split(".")[:-1]
+        parents = (model.get_submodule(".".join(path[:depth])) for depth in range(len(path), -1, -1))
+        config = next(module.config for module in parents if hasattr(module, "config"))
         with torch.device("cpu"):
-            return type(slot.module)(slot.module.config).get_buffer(slot.key)
+            return type(slot.module)(config).get_buffer(slot.key)
     except Exception as error:  # a module may raise anything
         raise ValueError(
             f"{slot.name}: expected a buffer with values, got one on the meta device that is not among the weights:"
