@@ -148,20 +148,10 @@ class _StoredBatch:
         leaves = [next(parts) if leaf is _TENSOR else leaf for leaf in self.template.leaves]
         return self.template.structure.build(iter(leaves))
 
-    def _range(self) -> tuple[int, int]:
-        """The first row, and the one after the last; both 0 if the batch cannot be split."""
-        tensors = self.tensors.load() if self.template.divisible else []
-        start, stop, _ = (self.rows or slice(None)).indices(min(map(len, tensors), default=0))
-        return start, stop
-
-    def size(self) -> int:
-        """Number of parts that the batch can be split into."""
-        start, stop = self._range()
-        return max(stop - start, 1)
-
     def halves(self) -> list[_StoredBatch]:
         """Two batches with half of the rows each, or this one if it cannot be split."""
-        start, stop = self._range()
+        tensors = self.tensors.load() if self.template.divisible else []
+        start, stop, _ = (self.rows or slice(None)).indices(min(map(len, tensors), default=0))
         middle = (start + stop + 1) // 2
         if stop - start < 2:
             return [self]
@@ -235,11 +225,14 @@ def _equally_many(batches: list[_StoredBatch], processes: ProcessGroup) -> list[
     """The batches, some of them split or dropped so that all processes have equally many."""
     if processes.count == 1:
         return batches
-    sizes, most = [batch.size() for batch in batches], max(processes.gather(len(batches)))
-    while len(batches) < most and max(sizes) > 1:
-        i = sizes.index(max(sizes))
-        batches[i : i + 1] = halves = batches[i].halves()
-        sizes[i : i + 1] = [half.size() for half in halves]
+    most = max(processes.gather(len(batches)))
+    while len(batches) < most:
+        parts: list[_StoredBatch] = []
+        for i, batch in enumerate(batches):
+            parts += batch.halves() if len(parts) + len(batches) - i < most else [batch]
+        if len(parts) == len(batches):
+            break
+        batches = parts
     return batches[: min(processes.gather(len(batches)))]
 
 
