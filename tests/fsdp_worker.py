@@ -137,7 +137,7 @@ def trainer(folder: Path, part: str, *callbacks: pl.Callback) -> pl.Trainer:
         "tensor": ModelParallelStrategy(),
     }
     return pl.Trainer(
-        accelerator="cpu", devices=1 if part == "single" else 2, strategy=strategies[part], precision="64-true",
+        accelerator="cpu", devices=1 if part == "single" else 2, strategy=strategies[part],
         max_epochs=1, callbacks=[*callbacks], logger=CSVLogger(folder, name="run"), enable_progress_bar=False,
         default_root_dir=folder,
     )  # fmt: skip
