@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import torch
@@ -17,11 +19,25 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nettrim import Distillation, NetTrim, trim
+from lightning_nettrim import Cardinality, Distillation, NetTrim, trim
 from lightning_nettrim.runtime.sharded import full, is_sharded
 
 SAMPLES = 256
 RECOVERY = Distillation(max_steps=6, check_every=3)
+
+
+@dataclass(frozen=True)
+class WithDividedWeights(Cardinality):
+    """Counts the solves during which all parameters of a network are divided."""
+
+    network: ClassVar[nn.Module]
+    count: ClassVar[int] = 0
+
+    def solve(self, problem, warm=None):
+        """Solve as `Cardinality`."""
+        assert all(is_sharded(parameter) for parameter in self.network.parameters())
+        type(self).count += 1
+        return super().solve(problem, warm)
 
 
 class Block(nn.Module):
@@ -121,7 +137,7 @@ def trainer(folder: Path, part: str, *callbacks: pl.Callback) -> pl.Trainer:
         "tensor": ModelParallelStrategy(),
     }
     return pl.Trainer(
-        accelerator="cpu", devices=1 if part == "single" else 2, strategy=strategies[part], precision="64-true",
+        accelerator="cpu", devices=1 if part == "single" else 2, strategy=strategies[part],
         max_epochs=1, callbacks=[*callbacks], logger=CSVLogger(folder, name="run"), enable_progress_bar=False,
         default_root_dir=folder,
     )  # fmt: skip
@@ -194,9 +210,9 @@ def trim_in(rank: int, folder: Path, part: str) -> None:
     torch.set_num_threads(1)
     arguments = {"sparsity": 0.5, "allocate": "uniform", "num_samples": SAMPLES}
     if part == "uneven":
-        model = shard(Network())
-        trim(model, uneven_batches(rank), distributed=True, **arguments)
-        torch.save(whole_state(model), folder / f"{rank}.pt")
+        WithDividedWeights.network = model = shard(Network())
+        trim(model, uneven_batches(rank), distributed=True, solver=WithDividedWeights(), **arguments)
+        torch.save((whole_state(model), WithDividedWeights.count), folder / f"{rank}.pt")
         return
     model = FailsInProcess1() if part == "forward" else Network()
     shard(model.network if part == "forward" else model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lightning_nettrim.layers import Layer
+from lightning_nettrim.runtime.sharded import local
 
 MIN_ROWS = 256
 """Minimum number of rows of a layer that are recorded, even if they exceed the available memory."""
@@ -42,7 +43,7 @@ def resident_bytes(layers: Mapping[str, Layer], rows: Mapping[str, int], availab
         available: bytes of stored tensors that may be kept in memory.
         spectra: whether the spectra of all layers are stored, in addition to the reference outputs.
     """
-    weights = sum(layer.parameter.numel() * layer.parameter.element_size() for layer in layers.values())
+    weights = sum(local(layer.parameter).numel() * layer.parameter.element_size() for layer in layers.values())
     stored = sum(4 * rows[name] * layer.groups * layer.outputs for name, layer in layers.items())
     if spectra:
         stored += sum(4 * a.groups * a.inputs * min(a.inputs, rows[name]) for name, a in layers.items())

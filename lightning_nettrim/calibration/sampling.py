@@ -165,20 +165,10 @@ class StoredBatch:
         leaves = [next(parts) if leaf is _TENSOR else leaf for leaf in self.template.leaves]
         return self.template.structure.build(iter(leaves))
 
-    def _range(self) -> tuple[int, int]:
-        """The first row, and the one after the last; both 0 if the batch cannot be split."""
-        tensors = self.tensors.load() if self.template.divisible else []
-        start, stop, _ = (self.rows or slice(None)).indices(min(map(len, tensors), default=0))
-        return start, stop
-
-    def size(self) -> int:
-        """Number of parts that the batch can be split into."""
-        start, stop = self._range()
-        return max(stop - start, 1)
-
     def halves(self) -> list[StoredBatch]:
         """Two batches with half of the rows each, or this one if it cannot be split."""
-        start, stop = self._range()
+        tensors = self.tensors.load() if self.template.divisible else []
+        start, stop, _ = (self.rows or slice(None)).indices(min(map(len, tensors), default=0))
         middle = (start + stop + 1) // 2
         if stop - start < 2:
             return [self]
@@ -195,10 +185,6 @@ class _StoredPair:
     def load(self) -> tuple[Any, Any]:
         """The batch and the value."""
         return self.batch.load(), None if self.value is None else self.value.load()
-
-    def size(self) -> int:
-        """Number of parts that the pair can be split into."""
-        return min(part.size() for part in (self.batch, self.value) if part is not None)
 
     def halves(self) -> list[_StoredPair]:
         """Two pairs with half of the rows each, or this one if one of both cannot be split."""
@@ -294,11 +280,14 @@ def _equally_many(batches: list[StoredBatch | _StoredPair], processes: ProcessGr
     """The batches, some of them split or dropped so that all processes have equally many."""
     if processes.count == 1:
         return batches
-    sizes, most = [batch.size() for batch in batches], max(processes.gather(len(batches)))
-    while len(batches) < most and max(sizes) > 1:
-        i = sizes.index(max(sizes))
-        batches[i : i + 1] = halves = batches[i].halves()
-        sizes[i : i + 1] = [half.size() for half in halves]
+    most = max(processes.gather(len(batches)))
+    while len(batches) < most:
+        parts: list[StoredBatch | _StoredPair] = []
+        for i, batch in enumerate(batches):
+            parts += batch.halves() if len(parts) + len(batches) - i < most else [batch]
+        if len(parts) == len(batches):
+            break
+        batches = parts
     return batches[: min(processes.gather(len(batches)))]
 
 

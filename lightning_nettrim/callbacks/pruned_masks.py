@@ -96,8 +96,9 @@ class PrunedMasks:
     ) -> list[RemovableHandle]:
         """Keep the zeros of these masks after every step of the trainer's optimizers, before weights are averaged."""
         self.masks = {name: mask.to(pl_module.device) for name, mask in masks.items()}
+        own = masking.divided(pl_module, self.masks)
         return [
-            optimizer.register_step_post_hook(lambda *_: masking.apply(pl_module, self.masks))
+            optimizer.register_step_post_hook(lambda *_: masking.apply(pl_module, own))
             for optimizer in trainer.optimizers
             if hasattr(optimizer, "register_step_post_hook")
         ]

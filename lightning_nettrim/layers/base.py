@@ -92,7 +92,7 @@ class Layer(ABC):
     @property
     def inputs(self) -> int:
         """N, the number of inputs of each matrix; by default the number of values of the weight per output."""
-        return self.parameter[0].numel()
+        return self.parameter.shape[1:].numel()  # no value is read, which might be divided among processes
 
     @property
     def outputs(self) -> int:

@@ -98,7 +98,7 @@ class Distillation(Recovery):
         start, model = time.perf_counter(), session.model
         session.run.progress.activity = "recovering the pruned network"
         parameters = tuned_parameters(model, session.plan.layers)
-        pruned = masking.clone(model, list(parameters))
+        pruned, masks = masking.clone(model, list(parameters)), masking.divided(model, masks)
         with evaluation_mode(model), masking.restored_on_error(model, pruned):
             with session.processes.raise_together():
                 network = self._match_network(session)

@@ -106,7 +106,13 @@ def check_sharding(model: nn.Module) -> None:
     reshard(model)
     names = {name for name, parameter in model.named_parameters() if is_sharded(parameter)}
     for name in sorted(names):
-        size = model.get_parameter(name).device_mesh.size()  # type: ignore[attr-defined]
+        parameter: Any = model.get_parameter(name)
+        size, device = parameter.device_mesh.size(), parameter.device_mesh.device_type
+        if parameter.device.type != device:
+            raise ValueError(
+                f"{name}: expected a parameter on {device}, where it is gathered, got {parameter.device}: remove the"
+                " CPUOffloadPolicy of fully_shard"
+            )
         if size not in (1, distributed.get_world_size()):
             raise ValueError(
                 f"{name}: expected a parameter that is divided among all {distributed.get_world_size()} processes, got"

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_nettrim.calibration.sampling import Reservoir, sample_inputs
+from lightning_nettrim.runtime.distributed import ProcessGroup
 
 
 def inputs_of(calibration_set):
@@ -166,6 +167,25 @@ def test_the_first_inputs_are_in_the_first_batches():
     calibration_set = sample_inputs(nn.Linear(3, 3), x.split(100), 1000, 0)
     assert torch.equal(inputs_of(calibration_set.first(310)), x[:300])
     assert torch.equal(inputs_of(calibration_set[2:4]), x[200:400])
+
+
+class BesideAnother(ProcessGroup):
+    """Two processes, of which the other one has a given number of batches."""
+
+    batches = 0
+
+    def gather(self, value):
+        return [value, self.batches]
+
+
+@pytest.mark.parametrize(("batches", "expected"), [(2, 2), (4, 4), (5, 5), (15, 15), (2000, 1000)])
+def test_processes_that_run_together_have_equally_many_batches(batches, expected):
+    x, other = torch.randn(1000, 3), BesideAnother(2)
+    other.__class__.batches = batches
+    calibration_set = sample_inputs(nn.Linear(3, 3), x.split(250), 1000, 0).run_together(other)
+    assert len(calibration_set) == expected
+    kept = 1000 if expected >= 4 else 250 * expected
+    assert torch.equal(inputs_of(calibration_set), x[:kept])
 
 
 SAMPLE_LARGE_INPUTS = """
