@@ -23,7 +23,7 @@ from lightning_nettrim import Cardinality, Distillation, NetTrim, trim
 from lightning_nettrim.runtime.sharded import full, is_sharded
 
 SAMPLES = 256
-RECOVERY = Distillation(max_steps=6, check_every=3)
+RECOVERY = Distillation(max_steps=24, check_every=8, lr=3e-3)
 
 
 @dataclass(frozen=True)
