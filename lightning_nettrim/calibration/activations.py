@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lightning_nettrim.calibration.recording import Recording, record
 from lightning_nettrim.calibration.sampling import CalibrationSet
+from lightning_nettrim.core.reductions import all_finite
 from lightning_nettrim.layers import Layer
 from lightning_nettrim.layers.context import LayerContext
 from lightning_nettrim.layers.folding import FoldedLayer
@@ -134,7 +135,7 @@ class Activations:
         """The recorded tensor after a check that it is finite; an error in one process is raised in all."""
         assert recorded is not None
         with self.processes.raise_together():
-            if not bool(recorded.isfinite().all()):
+            if not bool(all_finite(recorded)):
                 raise ValueError(
                     f"{name}: expected finite activations, got NaN or Inf: check the calibration data and the weights"
                 )
