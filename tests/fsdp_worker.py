@@ -19,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_nettrim import Cardinality, Distillation, NetTrim, trim
+from lightning_nettrim import Cardinality, Distillation, Magnitude, NetTrim, trim
 from lightning_nettrim.runtime.sharded import full, is_sharded
 
 SAMPLES = 256
@@ -169,7 +169,9 @@ def fit(folder: Path, part: str) -> None:
     (results["read"],) = again.validate(model, loader(), ckpt_path=str(path), verbose=False)
     results["loaded"], results["pruned_again"] = whole_state(model), later.result is not None
 
-    best = NetTrim(sparsity=0.7, recover=RECOVERY, num_samples=SAMPLES, checkpoint="best")
+    best = NetTrim(
+        sparsity=0.7, solver=Magnitude(), refit=False, recover=RECOVERY, num_samples=SAMPLES, checkpoint="best"
+    )
     model = module_of(part)
     run = trainer(folder, part, best, ModelCheckpoint(monitor="val_loss"))
     run.fit(model, loader(), loader())
