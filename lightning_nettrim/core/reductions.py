@@ -1,4 +1,4 @@
-"""Sums and norms over a batch of matrices whose rounding does not depend on the batch."""
+"""Sums and norms whose rounding does not depend on the batch, and a check that all entries are finite."""
 
 from __future__ import annotations
 
@@ -25,3 +25,10 @@ def reduce_over(dims: tuple[int, ...], reduce: Reduction, R: Tensor) -> Tensor:
 def norm(R: Tensor, dims: tuple[int, ...] = (-2, -1)) -> Tensor:
     """‖R‖ over all entries or, with dims (-2,), column by column; the dimensions are kept."""
     return reduce_over(dims, torch.linalg.vector_norm, R)
+
+
+def all_finite(tensor: Tensor) -> Tensor:
+    """``()`` bool: whether there is no NaN and no Inf, without a temporary of the size of the tensor."""
+    if not tensor.numel():
+        return tensor.new_ones((), dtype=torch.bool)
+    return torch.stack(torch.aminmax(tensor)).isfinite().all()

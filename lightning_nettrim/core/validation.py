@@ -7,6 +7,7 @@ import math
 import torch
 
 from lightning_nettrim.core.problem import LayerProblem
+from lightning_nettrim.core.reductions import all_finite
 
 
 def validate(problem: LayerProblem) -> LayerProblem:
@@ -48,7 +49,7 @@ def _check_tensors(problem: LayerProblem) -> None:
             raise ValueError(
                 f"{name}: expected {dtype} on {problem.Y.device}, got {tensor.dtype} on {tensor.device}: convert it"
             )
-        if name != "Omega" and not bool(tensor.isfinite().all()):
+        if name != "Omega" and not bool(all_finite(tensor)):
             raise ValueError(f"{name}: expected finite values, got NaN or Inf: check the inputs of this layer")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lightning_nettrim.core.reductions import norm, reduce_over
+from lightning_nettrim.core.reductions import all_finite, norm, reduce_over
 
 
 @pytest.mark.parametrize("dims", [(-2, -1), (-2,)])
@@ -22,3 +22,12 @@ def test_the_rounding_does_not_depend_on_the_batch(dims, shape):
     for reduce in (torch.sum, torch.linalg.vector_norm):
         batched = reduce_over(dims, reduce, R)
         assert torch.equal(batched, torch.stack([reduce_over(dims, reduce, r) for r in R]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_nan_and_inf_are_found(dtype):
+    R = torch.randn(3, 70, 9).to(dtype)
+    assert all_finite(R)
+    assert all_finite(R[:0])
+    for value in (torch.nan, torch.inf, -torch.inf):
+        assert not all_finite(R.index_fill(1, torch.tensor([41]), value))
