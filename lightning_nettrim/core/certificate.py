@@ -87,13 +87,14 @@ def _balance_free_rows(problem: LayerProblem, nu: Tensor, free: Tensor) -> tuple
         A, clipped = part.X[..., free].double(), _clipped(part, nu[..., rows, :], free).double()
         on = torch.ones_like(clipped) if part.Omega is None else part.Omega.double()
         pairs = (A.unsqueeze(-1) * A.unsqueeze(-2)).flatten(-2)  # (*batch, P, F²)
-        total = total + (clipped.mT @ A).unsqueeze(-1)  # (*batch, M, F, 1)
+        # not as a product, whose rounding depends on the batch and on the number of threads
+        sums = [reduce_over((-2,), torch.sum, clipped * a.unsqueeze(-1)).squeeze(-2) for a in A.unbind(-1)]
+        total = total + torch.stack(sums, -1).unsqueeze(-1)  # (*batch, M, F, 1)
         normal = normal + (on.mT @ pairs).unflatten(-1, total.shape[-2:-1] * 2)
     total, normal = problem.processes.sum(total), problem.processes.sum(normal)
-    if len(free) == 1:  # without a factorization, for whose success the host would wait
-        shift = torch.where(normal > 0, total / normal, 0)
-    else:
-        shift = torch.linalg.pinv(normal, hermitian=True) @ total
+    # one row needs no factorization, for whose success the host would wait
+    inverse = torch.where(normal > 0, 1 / normal, 0) if len(free) == 1 else torch.linalg.pinv(normal, hermitian=True)
+    shift = inverse @ total
     residual = torch.linalg.vector_norm(total - normal @ shift, dim=(-2, -1))
     solved = residual <= 1e-9 * torch.linalg.vector_norm(total, dim=(-2, -1)).clamp(min=1e-300)
     return shift.squeeze(-1).mT.to(nu), solved.unsqueeze(-2).to(nu)
