@@ -128,7 +128,7 @@ class OutputCache:
 
     def _drop_changed(self) -> None:
         """Drop the outputs that depend on tensors that have been changed since the last forward pass."""
-        versions = [tensor._version for tensor, _ in self._tensors]
+        versions = [_version(tensor) for tensor, _ in self._tensors]
         changed = [
             first
             for (_, first), now, before in zip(self._tensors, versions, self._versions or versions, strict=True)
@@ -148,6 +148,11 @@ class OutputCache:
         """Drop the outputs of a batch that exists no longer."""
         self.size -= sum(map(_bytes, outputs.values()))
         outputs.clear()
+
+
+def _version(tensor: Tensor) -> int:
+    """Number of in-place changes; 0 for a tensor made in inference mode, which can be changed in that mode only."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -78,6 +78,16 @@ def test_a_tensor_of_no_layer_concerns_all_of_them():
         assert calls_of(model) == [1, 1, 1]
 
 
+def test_a_buffer_may_have_been_made_in_inference_mode():
+    """As those that a module registers in its forward pass, in a validation by a Trainer."""
+    torch.manual_seed(0)
+    model, x = chain(), torch.randn(64, 6)
+    with torch.inference_mode():
+        model.register_buffer("scale", torch.ones(3))
+    result = trim(model, [x], sparsity=0.5, allocate="uniform", solver=Cardinality(max_steps=12))
+    assert result.sparsity == pytest.approx(0.5, abs=0.01)
+
+
 @torch.no_grad()
 def test_operations_in_place_do_not_change_what_is_kept():
     model, batch, x = chain(lambda: nn.ReLU(inplace=True)), Batch(), torch.randn(4, 6)
