@@ -27,7 +27,7 @@ def run(folder: Path, part: str) -> subprocess.CompletedProcess[str]:
     """A part of the worker, which starts the second process itself, when it has ended."""
     folder.mkdir(exist_ok=True)
     command = [sys.executable, str(WORKER), str(folder), part]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
 
 
 @pytest.fixture(scope="module")
