@@ -17,6 +17,7 @@ from lightning_nettrim.calibration.memory_model import RESIDENT_COPIES
 from lightning_nettrim.calibration.reference import ReferenceOutputs
 from lightning_nettrim.calibration.sampling import CalibrationSet, sample_inputs
 from lightning_nettrim.calibration.streamed_model import OUTSIDE, StreamedModel
+from lightning_nettrim.core.precision import matmul_precision
 from lightning_nettrim.layers import Layer
 from lightning_nettrim.layers.context import LayerContext
 from lightning_nettrim.layers.folding import FoldedLayer
@@ -80,6 +81,7 @@ def check_options(config: PruningConfig, distributed: bool) -> None:
         raise ValueError("distributed: expected one process with weights=, got distributed=True: leave it out")
 
 
+@matmul_precision("highest")
 def prune_from_files(
     model: nn.Module,
     files: WeightFiles,

@@ -36,6 +36,13 @@ NORMS = (
 class Recovery(ABC):
     """A method that tunes a pruned network in place. A frozen dataclass of numbers, so that YAML can define it."""
 
+    def check(self, model: nn.Module) -> None:  # noqa: B027 (optional for subclasses)
+        """Check, before anything is pruned, that it can tune a model.
+
+        Raises:
+            ValueError: if it cannot.
+        """
+
     @abstractmethod
     def recover(self, session: CalibrationSession, masks: Mapping[str, Tensor]) -> RecoveryReport:
         """Tune the pruned model of a session in place; weights that a mask does not keep stay zero.
@@ -93,6 +100,13 @@ class Distillation(Recovery):
         if not 0 < self.holdout < 1:
             raise ValueError(f"Distillation.holdout: expected a fraction in (0, 1), got {self.holdout}")
 
+    def check(self, model: nn.Module) -> None:
+        """Check that windows are not divided among processes, which run the whole network together."""
+        if self.scope == "block" and is_sharded(model):
+            raise ValueError(
+                "recover: expected scope='network' for parameters that are divided among processes, got 'block'"
+            )
+
     def recover(self, session: CalibrationSession, masks: Mapping[str, Tensor]) -> RecoveryReport:
         """Tune the pruned model in place; it stays as it is if nothing improves."""
         start, model = time.perf_counter(), session.model
@@ -137,10 +151,6 @@ class Distillation(Recovery):
         """
         model, processes, store = session.model, session.processes, session.run.store
         calibration_set = _calibration_set(session)
-        if is_sharded(model):
-            raise ValueError(
-                "recover: expected scope='network' for parameters that are divided among processes, got 'block'"
-            )
         with processes.raise_together():
             windows = find_windows(model, calibration_set[0], session.plan.layers, parameters.values())
         processes.check_agreement({window.name: "a window" for window in windows}, "use scope='network'")

@@ -87,6 +87,8 @@ def calibrate(
         raise ValueError(
             "distributed: expected True for a model whose parameters are divided among processes, got False"
         )
+    if config.recover is not None:
+        config.recover.check(model)
     processes = TorchProcessGroup.of(model) if source.distributed else SINGLE_PROCESS
     processes.check_identical(dict(model.named_parameters()))
     processes.broadcast(model.buffers())

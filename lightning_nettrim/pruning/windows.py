@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nettrim.calibration.batch import CalibrationBatch, StopForward
-from lightning_nettrim.calibration.nested import Structure, flatten, tensors_of
+from lightning_nettrim.calibration.nested import flatten, map_tensors, tensors_of
+from lightning_nettrim.calibration.sampling import StoredBatch
 from lightning_nettrim.calibration.tensor_tracer import is_residual_sum
 from lightning_nettrim.layers import Layer, joined
 from lightning_nettrim.runtime.offload import StoredTensors, TensorStore
@@ -25,23 +26,6 @@ MAX_LAYERS = 4
 
 CONSTANTS = (Tensor, type(None), bool, int, float, str, torch.dtype, torch.device, Enum, FunctionType, nn.Module)
 """Types of arguments of a window."""
-
-_TENSOR = object()  # placeholder for a tensor among the leaves of a call
-
-
-class StoredCall(NamedTuple):
-    """The arguments of a call, with the tensors in a store."""
-
-    tensors: StoredTensors
-    leaves: list[Any]  # with `_TENSOR` in place of tensors
-    structure: Structure
-
-    def load(self, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The positional and the keyword arguments, with copies of the tensors, which a module may overwrite."""
-        tensors = iter(self.tensors.load())
-        leaves = [next(tensors).to(device, copy=True) if leaf is _TENSOR else leaf for leaf in self.leaves]
-        args, kwargs = self.structure.build(iter(leaves))
-        return args, kwargs
 
 
 class Window(NamedTuple):
@@ -62,14 +46,14 @@ class Window(NamedTuple):
         for module in self.modules:
             yield from module.parameters()
 
-    def outputs(self, inputs: Sequence[StoredCall]) -> Callable[[int], Tensor]:
+    def outputs(self, inputs: Sequence[StoredBatch]) -> Callable[[int], Tensor]:
         """The function ``index → output`` for recorded arguments, with gradients if they are enabled."""
         return lambda index: self.run(inputs[index])
 
-    def run(self, inputs: StoredCall) -> Tensor:
+    def run(self, inputs: StoredBatch) -> Tensor:
         """The output for recorded arguments; autocast is disabled, as in all passes over the calibration set."""
         device = next(self.parameters()).device
-        args, kwargs = inputs.load(device)
+        args, kwargs = map_tensors(inputs.load(), lambda t: t.to(device, copy=True))  # a module may overwrite them
         with torch.autocast(device.type, enabled=False):
             output = self.modules[0](*args, **kwargs)
             for module in self.modules[1:]:
@@ -78,13 +62,13 @@ class Window(NamedTuple):
 
     def record_inputs(
         self, model: nn.Module, batches: Sequence[CalibrationBatch], store: TensorStore
-    ) -> list[StoredCall]:
+    ) -> list[StoredBatch]:
         """The arguments of its first module for each batch, with the current weights of the model.
 
         Raises:
             ValueError: for a batch in which it is not called, and for an argument that a call might change.
         """
-        recorded: list[StoredCall] = []
+        recorded: list[StoredBatch] = []
 
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             recorded.append(self.store(args, kwargs, store))
@@ -97,21 +81,19 @@ class Window(NamedTuple):
                 self.check_calls(len(recorded) - i)
         return recorded
 
-    def store(self, args: tuple[Any, ...], kwargs: dict[str, Any], store: TensorStore) -> StoredCall:
+    def store(self, args: tuple[Any, ...], kwargs: dict[str, Any], store: TensorStore) -> StoredBatch:
         """Store the arguments of a call.
 
         Raises:
             ValueError: for an argument that a call might change, such as a cache.
         """
-        leaves, structure = flatten((args, kwargs))
-        for leaf in leaves:
+        for leaf in flatten((args, kwargs))[0]:
             if not isinstance(leaf, CONSTANTS):
                 raise ValueError(
                     f"recover: expected tensors and numbers as arguments of {self.name!r}, got {type(leaf).__name__},"
                     " which a call might change: switch caches off, or use scope='network'"
                 )
-        tensors = [leaf.detach() for leaf in leaves if isinstance(leaf, Tensor)]
-        return StoredCall(store.put(tensors), [_TENSOR if isinstance(t, Tensor) else t for t in leaves], structure)
+        return StoredBatch.of(map_tensors((args, kwargs), Tensor.detach), store, divisible=False)
 
     def check_calls(self, calls: int) -> None:
         """Check that it was called once in a batch.

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lightning_nettrim.core.precision import matmul_precision
 from lightning_nettrim.core.problem import LayerProblem
 from lightning_nettrim.core.reductions import norm
 from lightning_nettrim.core.streaming import compress
@@ -18,6 +19,7 @@ from lightning_nettrim.solvers.base import Solution, Status, iterate
 _EXTRAPOLATED = ("W", "S", "T", "D", "G")  # fields of a state that are smooth functions of log ε
 
 
+@matmul_precision("highest")
 def solve_path(problem: LayerProblem, epsilons: Iterable[Tensor | float], solver: ADMM | None = None) -> list[Solution]:
     """Solve a problem at a sequence of radii, preferably monotone.
 
