@@ -104,6 +104,11 @@ class LayerProblem:
         return self.pattern.nonzeros(self._required_sparsity, *self._prunable_shape)
 
     @property
+    def nonzero_blocks(self) -> int:
+        """Number of blocks that ``sparsity`` keeps, in each layer of the batch."""
+        return self.nonzeros // math.prod(self.pattern.block(*self._prunable_shape))
+
+    @property
     def num_prunable(self) -> int:
         """Number of penalized weights, in each layer of the batch."""
         return math.prod(self._prunable_shape)
@@ -198,6 +203,11 @@ class LayerProblem:
         wide = score.reshape(-1, self.groups, n, M).transpose(1, 2).reshape(-1, n, self.groups * M)
         kept_mask = self.pattern.keep_largest(wide, kept)
         return kept_mask.reshape(-1, n, self.groups, M).transpose(1, 2).reshape(score.shape)
+
+    def layer_sum(self, values: Tensor) -> Tensor:
+        """``(B, 1, 1)`` for ``(B, ., .)`` values: the sum over the layer that each problem belongs to."""
+        total = values.sum((-2, -1)).reshape(-1, self.groups).sum(1)
+        return total.repeat_interleave(self.groups)[:, None, None]
 
     def layer_max(self, score: Tensor) -> Tensor:
         """``(*batch, 1, 1)``: the largest score in the layer that each problem belongs to."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_nettrim.core.blocks import BLOCK, input_blocks
 from lightning_nettrim.core.problem import LayerProblem
-from lightning_nettrim.runtime.distributed import SINGLE_PROCESS
+from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 
 
 def row_blocks(problem: LayerProblem) -> Iterator[tuple[slice, LayerProblem]]:
@@ -23,11 +23,11 @@ def row_blocks(problem: LayerProblem) -> Iterator[tuple[slice, LayerProblem]]:
         yield rows, select_rows(problem, rows)
 
 
-def select_rows(problem: LayerProblem, rows: slice) -> LayerProblem:
-    """Some rows of this process on the device of Y, as a problem of a single process."""
+def select_rows(problem: LayerProblem, rows: slice, processes: ProcessGroup = SINGLE_PROCESS) -> LayerProblem:
+    """Some rows of this process on the device of Y, as a problem of a single process unless processes are given."""
     part: dict[str, Any] = {name: getattr(problem, name) for name in ("Y", "Omega", "V", "offset")}
     part = {name: t if t is None else t[..., rows, :] for name, t in part.items()}
-    return replace(problem, X=problem.X[..., rows, :].to(problem.Y.device), processes=SINGLE_PROCESS, **part)
+    return replace(problem, X=problem.X[..., rows, :].to(problem.Y.device), processes=processes, **part)
 
 
 def select_outputs(problem: LayerProblem, outputs: slice) -> LayerProblem:

@@ -73,7 +73,7 @@ def test_the_steps_of_cardinality_stay_on_the_device(options):
         assert on_device.kept_blocks == problem.kept_blocks
         assert torch.equal(on_device.free_rows.values, problem.free_rows)
         found.update(record.found)
-        W = Cardinality(max_steps=30)._run(on_device, Spectrum(*map(CudaTensor, spectrum)))
+        W, _ = Cardinality(max_steps=30)._run(on_device, Spectrum(*map(CudaTensor, spectrum)))
         record.found.subtract(found)
     assert set(record.found.values()) == {0}
     assert W.device == CUDA

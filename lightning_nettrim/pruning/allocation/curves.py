@@ -157,7 +157,7 @@ def _measure(session: CalibrationSession, name: str) -> tuple[dict[str, Tensor],
 def _solve(session: CalibrationSession, name: str, problem: LayerProblem, spectrum: Any) -> tuple[Tensor, float, Any]:
     """Weights and local error of a quick solve, and its spectrum."""
     solution = solve_weighted(session, name, problem, QUICK, spectrum)
-    W = refit(problem, solution.W, max_steps=2, cg_steps=8)
+    W = refit(problem, solution.W, max_steps=3, cg_steps=8)
     return W, local_error(problem, W), solution.state
 
 
