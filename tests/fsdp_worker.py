@@ -220,6 +220,8 @@ def trim_in(rank: int, folder: Path, part: str) -> None:
     shard(model.network if part == "forward" else model)
     batches = failing_batches(rank) if part == "loader" else [*inputs().split(32)]
     before = whole_state(model)
+    if part == "windows":
+        arguments["recover"] = Distillation(scope="block")
     try:
         trim(model, batches, distributed=part != "alone", **arguments)
     except (OSError, RuntimeError, ValueError) as error:
@@ -233,7 +235,7 @@ def trim_in(rank: int, folder: Path, part: str) -> None:
 
 def main(folder: Path, part: str) -> None:
     """Run a part; each process writes its results into the folder."""
-    if part in ("uneven", "loader", "forward", "alone"):
+    if part in ("uneven", "loader", "forward", "alone", "windows"):
         multiprocessing.spawn(trim_in, (folder, part), nprocs=2)
     elif part == "tensor":
         trainer(folder, part, NetTrim(sparsity=0.5)).fit(module_of(part), loader(), loader())

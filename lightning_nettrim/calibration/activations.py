@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from lightning_nettrim.calibration.calibration_set import CalibrationSet
 from lightning_nettrim.calibration.recording import Recording, record
-from lightning_nettrim.calibration.sampling import CalibrationSet
 from lightning_nettrim.core.reductions import all_finite
 from lightning_nettrim.layers import Layer
 from lightning_nettrim.layers.context import LayerContext

@@ -13,7 +13,7 @@ from torch import nn
 from lightning_nettrim.calibration.batch import CalibrationBatch, Forward, StopForward
 from lightning_nettrim.calibration.nested import common_length
 from lightning_nettrim.calibration.output_cache import replaced_forward
-from lightning_nettrim.calibration.sampling import StoredBatch
+from lightning_nettrim.calibration.stored_batch import StoredBatch
 from lightning_nettrim.layers import joined
 from lightning_nettrim.runtime.offload import TensorStore
 

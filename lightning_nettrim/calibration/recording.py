@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_nettrim.calibration.batch import CalibrationBatch, StopForward
 from lightning_nettrim.calibration.padding import PaddingMasks
-from lightning_nettrim.calibration.sampling import Reservoir
+from lightning_nettrim.calibration.reservoir import Reservoir
 from lightning_nettrim.calibration.tensor_tracer import Tracer
 from lightning_nettrim.layers import Layer
 from lightning_nettrim.layers.context import LayerContext

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from lightning_nettrim.calibration.activations import Activations
 from lightning_nettrim.calibration.batch import evaluation_mode
 from lightning_nettrim.calibration.block_sequence import BlockSequence, SegmentForward
+from lightning_nettrim.calibration.calibration_set import CalibrationSet
 from lightning_nettrim.calibration.memory_model import RESIDENT_COPIES
 from lightning_nettrim.calibration.reference import ReferenceOutputs
-from lightning_nettrim.calibration.sampling import CalibrationSet, sample_inputs
+from lightning_nettrim.calibration.sampling import sample_inputs
 from lightning_nettrim.calibration.streamed_model import OUTSIDE, StreamedModel
 from lightning_nettrim.core.precision import matmul_precision
 from lightning_nettrim.layers import Layer

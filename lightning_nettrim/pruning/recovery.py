@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Literal
 from torch import Tensor, nn
 
 from lightning_nettrim.calibration.batch import evaluation_mode
+from lightning_nettrim.calibration.calibration_set import CalibrationSet
 from lightning_nettrim.calibration.network_output import find_output
-from lightning_nettrim.calibration.sampling import CalibrationSet
 from lightning_nettrim.layers import Layer, joined, masking
 from lightning_nettrim.pruning.matching import LOSSES, Improvement, Matching, Schedule, match
 from lightning_nettrim.pruning.results import RecoveryReport

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from lightning_nettrim.calibration.batch import Forward
 from lightning_nettrim.calibration.block_sequence import SegmentForward, SegmentOutputs
-from lightning_nettrim.calibration.sampling import CalibrationSet, StoredBatch
+from lightning_nettrim.calibration.calibration_set import CalibrationSet
+from lightning_nettrim.calibration.stored_batch import StoredBatch
 from lightning_nettrim.calibration.streamed_model import StreamedModel
 from lightning_nettrim.layers import masking
 from lightning_nettrim.pruning.config import PruningConfig

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from lightning_nettrim.calibration.activations import Activations
 from lightning_nettrim.calibration.batch import CalibrationBatch, Forward, call, evaluation_mode, inputs_are_independent
+from lightning_nettrim.calibration.calibration_set import CalibrationSet
 from lightning_nettrim.calibration.memory_model import layer_bytes, max_rows_within, resident_bytes
 from lightning_nettrim.calibration.nested import common_length, flatten
 from lightning_nettrim.calibration.output_cache import OutputCache
 from lightning_nettrim.calibration.reference import ReferenceOutputs
-from lightning_nettrim.calibration.sampling import CalibrationSet, sample_inputs
+from lightning_nettrim.calibration.sampling import sample_inputs
 from lightning_nettrim.layers import joined, masking
 from lightning_nettrim.layers.folding import FoldedLayer
 from lightning_nettrim.pruning.config import PruningConfig

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nettrim.calibration.batch import CalibrationBatch, StopForward
 from lightning_nettrim.calibration.nested import flatten, map_tensors, tensors_of
-from lightning_nettrim.calibration.sampling import StoredBatch
+from lightning_nettrim.calibration.stored_batch import StoredBatch
 from lightning_nettrim.calibration.tensor_tracer import is_residual_sum
 from lightning_nettrim.layers import Layer, joined
 from lightning_nettrim.runtime.offload import StoredTensors, TensorStore

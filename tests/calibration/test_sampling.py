@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_nettrim.calibration.sampling import Reservoir, sample_inputs
+from lightning_nettrim.calibration.reservoir import Reservoir
+from lightning_nettrim.calibration.sampling import sample_inputs
 from lightning_nettrim.runtime.distributed import ProcessGroup
 
 

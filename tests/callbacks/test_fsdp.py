@@ -117,12 +117,17 @@ def test_an_error_in_a_forward_pass_is_raised_before_the_process_waits_for_other
     assert "a value is out of range" in message
 
 
-def test_a_divided_network_is_refused_without_distributed(tmp_path):
-    finished = run(tmp_path, "alone")
+@pytest.mark.parametrize(
+    ("part", "expected"),
+    [
+        ("alone", "distributed: expected True for a model whose parameters are divided among processes, got False"),
+        ("windows", "recover: expected scope='network' for parameters that are divided among processes, got 'block'"),
+    ],
+)
+def test_options_that_a_divided_network_does_not_allow_are_refused(tmp_path, part, expected):
+    finished = run(tmp_path, part)
     assert finished.returncode == 0, finished.stderr
     for rank in range(2):
         message, unchanged = torch.load(tmp_path / f"{rank}.pt")
-        assert message == (
-            "ValueError: distributed: expected True for a model whose parameters are divided among processes, got False"
-        )
+        assert message == f"ValueError: {expected}"
         assert unchanged

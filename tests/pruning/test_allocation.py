@@ -218,6 +218,14 @@ def test_layers_with_a_budget_of_their_own_are_left_out_and_limits_are_respected
     assert third >= 260
 
 
+@pytest.mark.parametrize("name", ["global", "epsilon"])
+def test_limits_that_leave_no_budgets_are_refused_before_curves_are_measured(name, monkeypatch):
+    monkeypatch.setattr("lightning_nettrim.pruning.allocation.curves._measure", pytest.fail)
+    own = {layer: {"max_sparsity": 0.4} for layer in ("0", "2", "4")}
+    with pytest.raises(ValueError, match="expected between 1032 and 1720 weights to be kept .* got 860"):
+        trim(wide_mlp(), mlp_batches(), sparsity=0.5, allocate=name, per_layer=own)
+
+
 def test_the_global_allocation_changes_the_output_least():
     errors = {}
     for name in ("uniform", "global", "epsilon"):

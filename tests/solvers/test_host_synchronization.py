@@ -11,7 +11,7 @@ from fake_cuda import CUDA, CudaTensor, cuda_with_values, fake_cuda, on_cuda, wi
 from problems import layer
 
 from lightning_nettrim import ADMM, Cardinality, LayerProblem, Magnitude, refit, solve
-from lightning_nettrim.solvers.cardinality import Spectrum, compute_spectrum
+from lightning_nettrim.solvers.cardinality import STEPS_PER_RHO, Spectrum, compute_spectrum
 
 OPTIONS = {
     "free bias": {"bias": True},
@@ -62,6 +62,17 @@ def test_a_certificate_stays_on_the_device(options):
         certificate = solver.certify(problem, solver.step(problem, state))
     assert not record.found
     assert certificate.bound.device == CUDA
+
+
+def test_cardinality_reads_each_time_rho_grows_if_its_support_may_settle(monkeypatch):
+    monkeypatch.setattr("lightning_nettrim.solvers.cardinality.FEW_BLOCKS", 0)
+    problem = replace(layer(dtype=torch.float32), sparsity=0.8, epsilon=None).flattened()
+    spectrum = compute_spectrum(problem)
+    with cuda_with_values() as record:
+        W, steps = Cardinality()._run(on_cuda(problem), Spectrum(*map(CudaTensor, spectrum)))
+    assert torch.equal(W.values, Cardinality()._run(problem, spectrum)[0])
+    assert record.found["solvers.cardinality._run", "read"] == -(-steps // STEPS_PER_RHO) > 1
+    assert steps < Cardinality().max_steps
 
 
 @each_option

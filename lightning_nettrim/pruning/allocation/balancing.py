@@ -8,6 +8,20 @@ Bounds = Mapping[str, tuple[int, int]]
 """How many weights of each layer may be kept, at least and at most."""
 
 
+def check_total(total: int, bounds: Bounds) -> None:
+    """Check that there are counts within their bounds with a total.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    least, most = (sum(bound[i] for bound in bounds.values()) for i in (0, 1))
+    if not least <= total <= most:
+        raise ValueError(
+            f"expected between {least} and {most} weights to be kept within min_sparsity and max_sparsity, got {total}:"
+            " change the sparsity or the bounds"
+        )
+
+
 def balance(
     choose: Callable[[float], Mapping[str, float]], limits: tuple[float, float], total: int, bounds: Bounds
 ) -> dict[str, int]:
@@ -22,12 +36,7 @@ def balance(
     Raises:
         ValueError: if the bounds allow no such counts.
     """
-    least, most = (sum(bound[i] for bound in bounds.values()) for i in (0, 1))
-    if not least <= total <= most:
-        raise ValueError(
-            f"expected between {least} and {most} weights to be kept within min_sparsity and max_sparsity, got {total}:"
-            " change the sparsity or the bounds"
-        )
+    check_total(total, bounds)
 
     def clipped(t: float) -> dict[str, int]:
         return {name: min(max(round(count), bounds[name][0]), bounds[name][1]) for name, count in choose(t).items()}

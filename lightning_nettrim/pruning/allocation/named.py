@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from lightning_nettrim.pruning.allocation.balancing import check_total
 from lightning_nettrim.pruning.allocation.base import Allocation
 from lightning_nettrim.pruning.allocation.epsilon import EpsilonAllocation
 from lightning_nettrim.pruning.allocation.magnitude import MagnitudeAllocation
 from lightning_nettrim.pruning.allocation.network_error import GlobalAllocation
-from lightning_nettrim.pruning.allocation.uniform import UniformAllocation
+from lightning_nettrim.pruning.allocation.uniform import UniformAllocation, kept_in_total
 from lightning_nettrim.pruning.budget import Budget
 from lightning_nettrim.pruning.session import CalibrationSession
 
@@ -19,9 +20,15 @@ _NAMED: dict[str, Allocation] = {
 
 
 def allocate(session: CalibrationSession, sparsity: float | None) -> dict[str, Budget]:
-    """The budget of every layer by the allocation of the options; the plan's without one."""
-    if sparsity is None or not session.shared_sizes():
+    """The budget of every layer by the allocation of the options; the plan's without one.
+
+    Raises:
+        ValueError: if the limits of the layers leave no such budgets, before anything is measured.
+    """
+    sizes = session.shared_sizes()
+    if sparsity is None or not sizes:
         return session.plan.budgets
+    check_total(kept_in_total(sizes, sparsity), session.kept_bounds())
     allocation = session.config.allocate
     allocation = _NAMED[allocation] if isinstance(allocation, str) else allocation
     return allocation.allocate(session, sparsity)
