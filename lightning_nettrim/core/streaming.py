@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -35,6 +35,16 @@ def select_outputs(problem: LayerProblem, outputs: slice) -> LayerProblem:
     part: dict[str, Any] = {name: getattr(problem, name) for name in ("Y", "W", "Omega", "V", "offset")}
     part = {name: t if t is None else t[..., outputs] for name, t in part.items()}
     return replace(problem, **part)
+
+
+def concatenate(problems: Sequence[LayerProblem]) -> LayerProblem:
+    """Flat batches of problems of equal shape, which differ in their tensors only, as one; ε is left out."""
+    first, *others = problems
+    if not others:
+        return first
+    tensors = {name: [getattr(p, name) for p in problems] for name in ("X", "Y", "W", "Omega", "V", "offset")}
+    joined: dict[str, Any] = {name: None if parts[0] is None else torch.cat(parts) for name, parts in tensors.items()}
+    return replace(first, epsilon=None, **joined)
 
 
 def gram(problem: LayerProblem) -> Tensor:

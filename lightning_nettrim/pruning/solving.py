@@ -71,18 +71,23 @@ def _solve(
         return sparsest_within(problem, solver, budget.refit)
     if not solver.uses_folded_layer and budget.epsilon is None:
         return solve(_unfolded(session, name, problem), solver)
+    importance = session.importance.get(name)
     if not (trained_inputs and solver.state_depends_on_inputs_only):
-        return solve_weighted(session, name, problem, solver)
-    solution = solve_weighted(session, name, problem, solver, session.solver_states.get(name, problem.W.device))
+        return solve_weighted(problem, solver, importance)
+    solution = solve_weighted(problem, solver, importance, session.solver_states.get(name, problem.W.device))
     session.solver_states.put(name, solution.state)
     return solution
 
 
-def solve_weighted(
-    session: CalibrationSession, name: str, problem: LayerProblem, solver: Solver, warm: Any = None
-) -> Solution:
-    """Solve with the error of each neuron weighted by its importance; ReLU commutes with positive factors."""
-    factor = session.importance.get(name)
+def solve_weighted(problem: LayerProblem, solver: Solver, factor: Tensor | None, warm: Any = None) -> Solution:
+    """Solve with the error of each neuron weighted by its importance; ReLU commutes with positive factors.
+
+    Args:
+        problem: the problem of one layer, or of several.
+        solver: the solver.
+        factor: ``(batch, 1, M)`` importance; ``None`` is the same for all neurons.
+        warm: a state of the solver.
+    """
     bounded = problem.Omega is not None and (problem.rectifier.low != 0 or problem.has_upper_bound)
     if factor is None or bounded or not solver.minimizes_distance:
         return solve(problem, solver, warm)

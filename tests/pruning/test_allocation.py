@@ -26,6 +26,7 @@ from lightning_nettrim.pruning.allocation.magnitude import kept_by_magnitude
 from lightning_nettrim.pruning.allocation.named import allocate
 from lightning_nettrim.pruning.allocation.network_error import kept_by_effect
 from lightning_nettrim.pruning.session_setup import calibrate
+from lightning_nettrim.pruning.solving import solve_weighted
 
 SIZES = {"a": 1000, "b": 300, "c": 77}
 FREE = {name: (0, size) for name, size in SIZES.items()}
@@ -280,6 +281,47 @@ def test_curves_are_measured_once_and_decrease_to_zero(monkeypatch):
 
     monkeypatch.setattr("lightning_nettrim.pruning.allocation.curves.solve_weighted", solve_weighted)
     assert measure_curves(session, ["4", "0"]) == curves
+
+
+class EqualLayers(nn.Module):
+    """Five Linear layers of one shape, two before a ReLU, one before a LeakyReLU, one before a residual sum."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(20, 20) for _ in range(5))
+        self.convs = nn.ModuleList(nn.Conv1d(4, 6, 1, groups=2) for _ in range(2))
+        self.double()
+
+    def forward(self, x):
+        """``(B, 20)`` to ``(B, 6, 5)``."""
+        a, b, c, d, e = self.layers
+        x = b(a(x).relu()).relu()
+        x = x + d(nn.functional.leaky_relu(c(x), 0.1))
+        x = e(x).reshape(-1, 4, 5)
+        return self.convs[0](x).relu() + self.convs[1](x)
+
+
+def test_curves_of_layers_of_equal_shape_are_those_of_each_alone(monkeypatch):
+    model, batches = EqualLayers(), [torch.randn(50, 20, dtype=torch.float64) for _ in range(10)]
+    session = calibrate(model, CalibrationSource(batches), PruningConfig(sparsity=0.7))
+    alone, solves = measure_curves(session, list(session.plan.layers)), []
+
+    def count(problem, *arguments):
+        solves.append(len(problem.X) // problem.groups)
+        return solve_weighted(problem, *arguments)
+
+    monkeypatch.setattr("lightning_nettrim.pruning.allocation.curves.solve_weighted", count)
+    monkeypatch.setattr("lightning_nettrim.pruning.allocation.curves.BATCHED_ON", {"cpu"})
+    session.run.cache.clear()
+    together = measure_curves(session, list(session.plan.layers))
+    assert list(together) == list(alone)
+    assert sum(solves) == sum(len(curve.kept) - 1 for curve in alone.values())
+    assert len(solves) < sum(solves)
+    for name, curve in alone.items():
+        assert together[name].kept == curve.kept
+        # conjugate gradients stop when the residuals of all problems of a batch are small
+        assert together[name].errors == pytest.approx(curve.errors, rel=1e-4), name
 
 
 def test_a_curve_is_measured_on_a_sample_of_many_outputs(monkeypatch):

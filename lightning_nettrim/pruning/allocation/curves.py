@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lightning_nettrim.calibration.batch import evaluation_mode
+from lightning_nettrim.calibration.memory_model import layer_bytes
 from lightning_nettrim.calibration.reference import ReferenceOutputs
 from lightning_nettrim.core.problem import LayerProblem
-from lightning_nettrim.core.streaming import select_outputs
-from lightning_nettrim.layers import masking
-from lightning_nettrim.pruning.layer import local_error
+from lightning_nettrim.core.streaming import concatenate, select_outputs
+from lightning_nettrim.layers import Layer, masking
 from lightning_nettrim.pruning.layer_problem import layer_problem
 from lightning_nettrim.pruning.session import CalibrationSession, retried, with_fewer_rows
 from lightning_nettrim.pruning.solving import solve_weighted
@@ -36,6 +37,12 @@ MAX_OUTPUTS = 64
 
 MIN_ERROR = 1e-6
 """Smallest error of an interpolated curve."""
+
+BATCHED_ON = frozenset({"cuda", "xpu", "mps"})
+"""Types of devices on which layers of equal shape are measured as one batch."""
+
+_Measured = tuple[dict[str, Tensor], tuple[list[int], list[float], float]]
+"""Parameters at the reference density, numbers of kept weights, their errors, and the error at the density."""
 
 
 @dataclass(frozen=True)
@@ -94,16 +101,22 @@ class MeasuredLayer:
 def measure_layers(session: CalibrationSession, names: Sequence[str]) -> Iterator[tuple[str, MeasuredLayer]]:
     """Prune layers one by one at several densities; measured once per session, also over interrupted runs.
 
-    The weights of the model are not changed; they must be the trained ones.
+    Layers of equal shape are solved as one batch on an accelerator. The weights of the model are not changed; they must
+    be the trained ones.
     """
+    batches = {name: batch for batch in _batches(session, names) for name in batch}
+    waiting: dict[str, _Measured] = {}
     for i, name in enumerate(names):
         session.run.progress.activity = f"measuring the error curve of {name}"
         session.run.progress.report("measuring error curves", i / len(names))
 
-        def measure(name: str = name) -> tuple[dict[str, Tensor], tuple[list[int], list[float], float]]:
+        def measure(name: str = name) -> _Measured:
             nonlocal session
-            measured, session = retried(session, lambda s: _measure(s, name), with_fewer_rows)
-            return measured
+            if name not in waiting:
+                members = [member for member in batches[name] if names.index(member) >= names.index(name)]
+                measured, session = retried(session, lambda s: _measure(s, members), with_fewer_rows)
+                waiting.update(measured)
+            return waiting.pop(name)
 
         key = fingerprint(session.fingerprint, repr(session.plan.budgets[name]), reference_density(session))
         with evaluation_mode(session.model):
@@ -126,39 +139,100 @@ def reference_density(session: CalibrationSession) -> float:
     return min(DENSITIES, key=lambda density: abs(math.log(density / (1 - sparsity))))
 
 
-def _measure(session: CalibrationSession, name: str) -> tuple[dict[str, Tensor], tuple[list[int], list[float], float]]:
-    """The columns of the curve of one layer, and its parameters and error at the reference density."""
-    part = _on_part(session, name)
-    recording = part.activations.record(name).pop(name)
-    part.reference.put(name, part.activations.response(name, recording), part.processes)
-    folded, budget = session.folded_layers[name], replace(session.plan.budgets[name], epsilon=None)
-    problem = layer_problem(part, name, recording, budget, trained_inputs=True)
-    outputs = _sampled_outputs(problem)
-    sample = replace(part, importance={key: factor[..., outputs] for key, factor in part.importance.items()})
-    points, solved, spectrum = dict[int, float](), dict[float, tuple[Tensor, float]](), None
+def _batches(session: CalibrationSession, names: Sequence[str]) -> list[list[str]]:
+    """The layers, those of equal shape together as far as the memory allows; each alone on the CPU.
+
+    There a batch of small products is not faster than one after the other.
+    """
+    equal: dict[Any, list[str]] = {}
+    for name in names:
+        layer, rows = session.plan.layers[name], session.plan.rows[name]
+        alone = name if layer.parameter.device.type not in BATCHED_ON else None
+        equal.setdefault((alone, type(layer), layer.parameter.shape, layer.inputs, rows), []).append(name)
+    batches = []
+    for layers in equal.values():
+        layer = session.plan.layers[layers[0]]
+        each = layer_bytes(layer, _rows(layer))
+        size = int(min(max(session.run.available // each, 1), len(layers)))
+        batches += [layers[i : i + size] for i in range(0, len(layers), size)]
+    return batches
+
+
+def _measure(session: CalibrationSession, names: Sequence[str]) -> dict[str, _Measured]:
+    """The columns of the curves of layers of equal shape, and their parameters and errors at the reference density."""
+    part = _on_part(session, names)
+    recordings, groups = part.activations.record(*names), dict[Any, dict[str, LayerProblem]]()
+    for name in names:
+        recording = recordings.pop(name)
+        part.reference.put(name, part.activations.response(name, recording), part.processes)
+        budget = replace(session.plan.budgets[name], epsilon=None)
+        problem = layer_problem(part, name, recording, budget, trained_inputs=True)
+        groups.setdefault(_signature(problem), {})[name] = problem
+    return {name: value for problems in groups.values() for name, value in _curves(part, problems).items()}
+
+
+def _signature(problem: LayerProblem) -> tuple[Any, ...]:
+    """Equal for problems that differ in their tensors only; a slope below zero is one of them."""
+    present = tuple(getattr(problem, name) is None for name in ("Omega", "offset", "penalty"))
+    own = id(problem) if problem.rectifier.slope is not None else None
+    return problem.X.shape, problem.Y.shape, present, str(problem.rectifier), problem.pattern, problem.ridge, own
+
+
+def _curves(session: CalibrationSession, problems: Mapping[str, LayerProblem]) -> dict[str, _Measured]:
+    """What `_measure` returns, for problems with the same signature."""
+    names, first = list(problems), next(iter(problems.values()))
+    problem, groups = concatenate(list(problems.values())), first.groups
+    outputs = _sampled_outputs(first)
+    points, solved, spectrum = dict[int, list[float]](), dict[float, tuple[Tensor, list[float]]](), None
     for density in DENSITIES:
-        kept = replace(problem, sparsity=1 - density).nonzeros
+        kept = replace(first, sparsity=1 - density).nonzeros
         if kept:
             at = replace(select_outputs(problem, outputs), sparsity=1 - density)
-            W, points[kept], spectrum = _solve(sample, name, at, spectrum)
+            W, points[kept], spectrum = _solve(session, names, at, spectrum, outputs)
             solved[density] = W, points[kept]
-    points[session.sizes()[name]] = 0.0
+    points[first.num_prunable] = [0.0] * len(names)
     reference = reference_density(session)
     if reference not in solved:
-        return session.dense_values(name), ([*points], [*points.values()], 0.0)
+        columns = {name: [errors[i] for errors in points.values()] for i, name in enumerate(names)}
+        return {name: (session.dense_values(name), ([*points], columns[name], 0.0)) for name in names}
     W, of_sample = solved[reference]
-    error = of_sample
+    errors = of_sample
     if W.shape != problem.W.shape:
-        W, error, _ = _solve(part, name, replace(problem, sparsity=1 - reference), spectrum)
-    scale = error / of_sample if of_sample > 0 else 1.0
-    return folded.to_parameters(W), ([*points], [scale * value for value in points.values()], error)
+        W, errors, _ = _solve(session, names, replace(problem, sparsity=1 - reference), spectrum)
+    measured: dict[str, _Measured] = {}
+    for i, name in enumerate(names):
+        scale = errors[i] / of_sample[i] if of_sample[i] > 0 else 1.0
+        values = session.folded_layers[name].to_parameters(W[i * groups : (i + 1) * groups])
+        measured[name] = values, ([*points], [scale * column[i] for column in points.values()], errors[i])
+    return measured
 
 
-def _solve(session: CalibrationSession, name: str, problem: LayerProblem, spectrum: Any) -> tuple[Tensor, float, Any]:
-    """Weights and local error of a quick solve, and its spectrum."""
-    solution = solve_weighted(session, name, problem, QUICK, spectrum)
+def _solve(
+    session: CalibrationSession,
+    names: Sequence[str],
+    problem: LayerProblem,
+    spectrum: Any,
+    outputs: slice = slice(None),
+) -> tuple[Tensor, list[float], Any]:
+    """Weights and local errors of a quick solve of several layers, and its spectrum."""
+    factors = [session.importance.get(name) for name in names]
+    shape = problem.groups, 1, problem.Y.shape[-1]
+    factor = torch.cat(
+        [problem.Y.new_ones(shape) if f is None else f[..., outputs].to(problem.Y).expand(shape) for f in factors]
+    )
+    solution = solve_weighted(problem, QUICK, None if all(f is None for f in factors) else factor, spectrum)
     W = refit(problem, solution.W, max_steps=3, cg_steps=8)
-    return W, local_error(problem, W), solution.state
+    return W, _local_errors(problem, W), solution.state
+
+
+def _local_errors(problem: LayerProblem, W: Tensor) -> list[float]:
+    """‖response(W) − Y‖/‖Y‖ of each layer in a batch (divided by 1 where Y = 0)."""
+    distances, norms = (
+        problem.processes.norm(torch.linalg.matrix_norm(R, dtype=torch.float64)).reshape(-1, problem.groups)
+        for R in (problem.response(W) - problem.Y, problem.Y)
+    )
+    distance, norm = torch.linalg.vector_norm(distances, dim=1), torch.linalg.vector_norm(norms, dim=1)
+    return (distance / torch.where(norm > 0, norm, 1)).tolist()
 
 
 def _sampled_outputs(problem: LayerProblem) -> slice:
@@ -172,13 +246,18 @@ def _sampled_outputs(problem: LayerProblem) -> slice:
     return slice(None, None, step)
 
 
-def _on_part(session: CalibrationSession, name: str) -> CalibrationSession:
-    """A session on as many inputs as give the layer enough rows, without reference outputs."""
-    activations, inputs = session.activations, session.activations.calibration_set.inputs
-    rows = max(MIN_ROWS, ROWS_PER_INPUT * session.plan.layers[name].inputs)
-    part = activations.first_inputs(math.ceil(rows * inputs / session.plan.rows[name]))
+def _rows(layer: Layer) -> int:
+    """Number of rows on which the curve of a layer is measured, if there are as many."""
+    return max(MIN_ROWS, ROWS_PER_INPUT * layer.inputs)
+
+
+def _on_part(session: CalibrationSession, names: Sequence[str]) -> CalibrationSession:
+    """A session on as many inputs as give layers of equal shape enough rows, without reference outputs."""
+    activations, name = session.activations, names[0]
+    rows = _rows(session.plan.layers[name])
+    part = activations.first_inputs(math.ceil(rows * activations.calibration_set.inputs / session.plan.rows[name]))
     return replace(
         session,
-        activations=replace(part, rows={name: min(rows, activations.rows[name])}),
+        activations=replace(part, rows=dict.fromkeys(names, min(rows, activations.rows[name]))),
         reference=ReferenceOutputs(session.run.store, session.run.available),
     )
