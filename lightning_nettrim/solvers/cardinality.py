@@ -25,7 +25,8 @@ STEPS_PER_RHO = 3
 RELAXATION = 1.8
 """Over-relaxation of T: XW + 1.8(T − XW), as H overestimates the curvature of a neuron that is not always active.
 
-On the first layer of LeNet-300-100, 60 steps have with it the error of 120 without; from 2 on it need not converge.
+On the first layer of LeNet-300-100, 60 steps with it have about the error of 120 without. From 2 on the steps need not
+converge.
 """
 
 SETTLED, NEARLY_SETTLED, FASTER = 2e-3, 0.1, 4
@@ -35,7 +36,10 @@ With at most NEARLY_SETTLED, ρ grows FASTER times as fast. With fewer than FEW_
 """
 
 FEW_BLOCKS = 5000
-"""Number of kept blocks below which the solution is always compared with that of magnitude."""
+"""Number of kept blocks below which changes are too few to say that a support has settled.
+
+Such a layer takes little time, and its solution is always compared with that of magnitude.
+"""
 
 SMALL_LAYER, SMALL_LAYER_FACTOR = 512, 6
 """A layer of at most SMALL_LAYER weights takes SMALL_LAYER_FACTOR times as many steps, each with all rows."""
@@ -90,7 +94,7 @@ class Cardinality(Solver):
     Args:
         max_steps: maximum number of steps; layers of at most 512 weights take six times as many. The local error
             decreases slowly with it.
-        rho_start: initial ρ, relative to the mean eigenvalue of H.
+        rho_start: initial ρ, relative to the mean eigenvalue of H with the ridge of the problem.
         rho_end: ρ, relative to the same, up to which it grows geometrically before the support is fixed; it grows
             faster when the support changes little.
         row_parts: number of parts of the rows; T is updated on one of them in each step.
@@ -150,7 +154,7 @@ class Cardinality(Solver):
         trained = (problem.ridge + rare_ridge) * W
         support = problem.keep_largest(W.square(), kept)
         S, U = torch.where(support, W, 0), torch.zeros_like(W)
-        rho = self.rho_start * spectrum.mean
+        rho = self.rho_start * (spectrum.mean + problem.ridge)
         full = problem.W.clone()  # W or S, unscaled, with the optimal free rows
 
         def complete(penalized_rows: Tensor, free_products: Tensor) -> Tensor:
@@ -206,15 +210,13 @@ def _better_of_magnitude(problem: LayerProblem, W: Tensor) -> Tensor:
     P, N = problem.X.shape[-2:]
     part = select_rows(problem, slice(0, max(P // 4, min(2 * N, P))), problem.processes)
     fitted = refit(part, largest, max_steps=2, cg_steps=10)
-    comparable = problem.layer_sum(distance(part, W).square()) > 0.25 * problem.layer_sum(
-        distance(part, fitted).square()
-    )
+    of_W, of_largest = (problem.layer_sum(distance(part, w).square()) for w in (W, fitted))
+    comparable = of_W > 0.25 * of_largest
     if not bool(comparable.any()):
         return W
     largest, fitted = refit(problem, largest, max_steps=4, cg_steps=10), refit(problem, W, max_steps=4, cg_steps=10)
-    better = problem.layer_sum(distance(problem, largest).square()) < problem.layer_sum(
-        distance(problem, fitted).square()
-    )
+    of_largest, of_fitted = (problem.layer_sum(distance(problem, w).square()) for w in (largest, fitted))
+    better = of_largest < of_fitted
     return torch.where(better & comparable & similar, largest, W)
 
 

@@ -90,7 +90,7 @@ def refit(
         length = _ratio(_dot(direction, G), curvature)
         W, XW, R, merit = _descend(problem, (W, XW, R, merit), (length * direction, XD.mul_(length)), ridge)
         if step % period == period - 1:
-            if bool((merit >= before - torch.maximum(rtol * before, smallest)).all()):
+            if not bool((merit < before - torch.maximum(rtol * before, smallest)).any()):
                 break
             before = merit
     return W
@@ -177,7 +177,7 @@ def _descend(
     for halvings in range(6):
         new_W, new_XW = W + t * step[0], XW + t * step[1]
         R, new_merit = _evaluate(problem, new_W, new_XW, ridge)
-        worse = (new_merit >= merit) & (t > 0)
+        worse = ~(new_merit < merit) & (t > 0)
         if not bool(worse.any()):
             break
         t = torch.where(worse, t / 2 if halvings < 4 else 0, t)

@@ -121,6 +121,17 @@ def test_more_steps_decrease_the_total_error():
     assert errors[480] < errors[30]
 
 
+def test_with_a_large_ridge_the_largest_trained_weights_are_kept(monkeypatch):
+    """As with far fewer samples than inputs, where only the trained weights say which to keep."""
+    monkeypatch.setattr("lightning_nettrim.solvers.cardinality._better_of_magnitude", lambda problem, W: W)
+    problem = replace(layer(30, 300, 8), epsilon=None, sparsity=0.8, ridge=1e4)
+    problem = replace(problem, W=problem.W + 0.1 * torch.randn(problem.W.shape, dtype=torch.float64))
+    energy = (problem.W * torch.linalg.vector_norm(problem.X, dim=0).unsqueeze(1)).square()
+    largest = problem.keep_largest(energy[None], problem.kept_blocks)[0]
+    kept = solve(problem, Cardinality()).W != 0
+    assert energy[kept].sum() > 0.99 * energy[largest].sum()
+
+
 def test_a_small_layer_takes_more_steps(monkeypatch):
     problem = replace(layer(400, 16, 24, cascade=True), epsilon=None, sparsity=0.85)
     more = solve(problem, Cardinality())
