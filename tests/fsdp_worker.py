@@ -24,6 +24,8 @@ from lightning_nettrim.runtime.sharded import full, is_sharded
 
 SAMPLES = 256
 RECOVERY = Distillation(max_steps=24, check_every=8, lr=3e-3)
+REFUSED = ({}, {"distributed": True, "recover": Distillation(scope="block")})
+"""Options of `trim` that a divided network does not allow."""
 
 
 @dataclass(frozen=True)
@@ -219,23 +221,23 @@ def trim_in(rank: int, folder: Path, part: str) -> None:
     model = FailsInProcess1() if part == "forward" else Network()
     shard(model.network if part == "forward" else model)
     batches = failing_batches(rank) if part == "loader" else [*inputs().split(32)]
-    before = whole_state(model)
-    if part == "windows":
-        arguments["recover"] = Distillation(scope="block")
-    try:
-        trim(model, batches, distributed=part != "alone", **arguments)
-    except (OSError, RuntimeError, ValueError) as error:
-        unchanged = part == "forward" or all(
-            torch.equal(value, before[name]) for name, value in whole_state(model).items()
-        )
-        torch.save((f"{type(error).__name__}: {error}", unchanged), folder / f"{rank}.pt")
+    before, found = whole_state(model), []
+    for options in REFUSED if part == "refused" else ({"distributed": True},):
+        try:
+            trim(model, batches, **arguments, **options)
+        except (OSError, RuntimeError, ValueError) as error:
+            unchanged = part == "forward" or all(
+                torch.equal(value, before[name]) for name, value in whole_state(model).items()
+            )
+            found.append((f"{type(error).__name__}: {error}", unchanged))
+    torch.save(found, folder / f"{rank}.pt")
     if part == "forward":
         os._exit(0)  # the other process may be waiting for this one
 
 
 def main(folder: Path, part: str) -> None:
     """Run a part; each process writes its results into the folder."""
-    if part in ("uneven", "loader", "forward", "alone", "windows"):
+    if part in ("uneven", "loader", "forward", "refused"):
         multiprocessing.spawn(trim_in, (folder, part), nprocs=2)
     elif part == "tensor":
         trainer(folder, part, NetTrim(sparsity=0.5)).fit(module_of(part), loader(), loader())
