@@ -36,10 +36,10 @@ With at most NEARLY_SETTLED, ρ grows FASTER times as fast. With fewer than FEW_
 """
 
 FEW_BLOCKS = 5000
-"""Number of kept blocks below which changes are too few to say that a support has settled.
+"""Number of kept blocks below which changes are too few to say that a support has settled; such a layer is quick."""
 
-Such a layer takes little time, and its solution is always compared with that of magnitude.
-"""
+VERY_FEW_BLOCKS = 1000
+"""Number of kept blocks below which the solution is always compared with that of magnitude."""
 
 SMALL_LAYER, SMALL_LAYER_FACTOR = 512, 6
 """A layer of at most SMALL_LAYER weights takes SMALL_LAYER_FACTOR times as many steps, each with all rows."""
@@ -198,13 +198,13 @@ class Cardinality(Solver):
 def _better_of_magnitude(problem: LayerProblem, W: Tensor) -> Tensor:
     """W, or the largest trained weights after a refit if their error is lower, as it can be for uncorrelated inputs.
 
-    They are compared only if the supports share three quarters of their weights, or there are few blocks, and if, on
-    some rows and after two steps of a refit, the distance of the largest trained weights is less than twice that of W;
-    otherwise W is far better.
+    They are compared only if the supports share three quarters of their weights, or there are very few blocks, and if,
+    on some rows and after two steps of a refit, the distance of the largest trained weights is less than twice that of
+    W; otherwise W is far better.
     """
     largest = project_pattern(problem, problem.W)
     shared = problem.layer_sum((W != 0) & (largest != 0) & (problem.lambdas > 0))
-    similar = (4 * shared >= 3 * problem.nonzeros) | (problem.nonzero_blocks < FEW_BLOCKS)
+    similar = (4 * shared >= 3 * problem.nonzeros) | (problem.nonzero_blocks < VERY_FEW_BLOCKS)
     if not bool(similar.any()):
         return W
     P, N = problem.X.shape[-2:]

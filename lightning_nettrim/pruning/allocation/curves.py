@@ -23,7 +23,7 @@ from lightning_nettrim.pruning.solving import solve_weighted
 from lightning_nettrim.runtime.fingerprint import fingerprint
 from lightning_nettrim.solvers import Cardinality, refit
 
-QUICK = Cardinality(max_steps=30, row_parts=4)
+QUICK = Cardinality(max_steps=24)
 """The solver of the curves."""
 
 DENSITIES = (0.02, 0.06, 0.15, 0.3, 0.6)
