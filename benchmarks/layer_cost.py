@@ -99,7 +99,7 @@ def _solve(solver: Solver, N: int, M: int, P: int) -> float:
     problem = replace(random_problem(P, N, M), epsilon=None, sparsity=0.8)
     clock = Clock()
     solution = solve(problem, solver)
-    refit(problem, solution.W, max_steps=12, cg_steps=10, rtol=3e-3, atol=1e-4)
+    refit(problem, solution.W, cg_steps=10, rtol=3e-3, atol=1e-4)
     return clock.read()
 
 

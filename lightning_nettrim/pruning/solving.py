@@ -107,9 +107,7 @@ def refit_layer(
         solution = replace(solution, W=folded.fold_weights(solution.W))
     if not budget.refit:
         return SolvedLayer(solution, solution.W, own or folded.to_parameters(solution.W))
-    effort: dict[str, Any] = (
-        {} if solver.takes_epsilon else {"max_steps": 12, "cg_steps": 10, "rtol": 3e-3, "atol": 1e-4}
-    )
+    effort: dict[str, Any] = {} if solver.takes_epsilon else {"cg_steps": 10, "rtol": 3e-3, "atol": 1e-4}
     W = refit(replace(problem, V=None), solution.W, **effort)
     return SolvedLayer(solution, W, folded.to_parameters(W))
 

@@ -199,8 +199,8 @@ def _better_of_magnitude(problem: LayerProblem, W: Tensor) -> Tensor:
     """W, or the largest trained weights after a refit if their error is lower, as it can be for uncorrelated inputs.
 
     They are compared only if the supports share three quarters of their weights, or there are very few blocks, and if,
-    on some rows and after two steps of a refit, the distance of the largest trained weights is less than twice that of
-    W; otherwise W is far better.
+    after one step of a refit (on a part of the rows unless there are few blocks), the distance of the largest trained
+    weights is less than twice that of W; otherwise W is far better.
     """
     largest = project_pattern(problem, problem.W)
     shared = problem.layer_sum((W != 0) & (largest != 0) & (problem.lambdas > 0))
@@ -208,13 +208,14 @@ def _better_of_magnitude(problem: LayerProblem, W: Tensor) -> Tensor:
     if not bool(similar.any()):
         return W
     P, N = problem.X.shape[-2:]
-    part = select_rows(problem, slice(0, max(P // 4, min(2 * N, P))), problem.processes)
-    fitted = refit(part, largest, max_steps=2, cg_steps=10)
+    few = problem.nonzero_blocks < FEW_BLOCKS
+    part = problem if few else select_rows(problem, slice(0, max(P // 4, min(2 * N, P))), problem.processes)
+    fitted = refit(part, largest, max_steps=1, cg_steps=10)
     of_W, of_largest = (problem.layer_sum(distance(part, w).square()) for w in (W, fitted))
     comparable = of_W > 0.25 * of_largest
     if not bool(comparable.any()):
         return W
-    largest, fitted = refit(problem, largest, max_steps=4, cg_steps=10), refit(problem, W, max_steps=4, cg_steps=10)
+    largest, fitted = refit(problem, largest, max_steps=3, cg_steps=10), refit(problem, W, max_steps=3, cg_steps=10)
     of_largest, of_fitted = (problem.layer_sum(distance(problem, w).square()) for w in (largest, fitted))
     better = of_largest < of_fitted
     return torch.where(better & comparable & similar, largest, W)

@@ -221,7 +221,7 @@ def _solve(
         [problem.Y.new_ones(shape) if f is None else f[..., outputs].to(problem.Y).expand(shape) for f in factors]
     )
     solution = solve_weighted(problem, QUICK, None if all(f is None for f in factors) else factor, spectrum)
-    W = refit(problem, solution.W, max_steps=3, cg_steps=8)
+    W = refit(problem, solution.W, max_steps=2, cg_steps=8)
     return W, _local_errors(problem, W), solution.state
 
 

@@ -16,7 +16,8 @@ from lightning_nettrim.pruning.session import CalibrationSession, retried, with_
 from lightning_nettrim.runtime.fingerprint import fingerprint
 
 MAX_ROWS, PART = 512, 4
-"""Effects are measured on one PARTth of the inputs, or on fewer if these give the last layer MAX_ROWS rows."""
+"""Effects are measured on one PARTth of the inputs or at least MAX_ROWS of them, or on fewer if these give the last
+layer MAX_ROWS rows."""
 
 
 def measure_effects(session: CalibrationSession, layers: Mapping[str, MeasuredLayer]) -> dict[str, float]:
@@ -49,8 +50,9 @@ def measure_effects(session: CalibrationSession, layers: Mapping[str, MeasuredLa
 def _relative_squares(session: CalibrationSession, layers: Mapping[str, MeasuredLayer]) -> dict[str, float]:
     """‖2d‖²/‖y‖² of each layer; the model is left with changed weights."""
     model, dense, calibration_set = session.model, session.dense, session.activations.calibration_set
-    rows = MAX_ROWS / session.processes.count * calibration_set.inputs / session.plan.rows[session.last]
-    part = calibration_set.divided(PART).first(min(math.ceil(rows), calibration_set.inputs // PART))
+    inputs, rows = calibration_set.inputs, MAX_ROWS / session.processes.count
+    enough = math.ceil(rows * inputs / session.plan.rows[session.last])
+    part = calibration_set.divided(PART).first(min(enough, max(inputs // PART, math.ceil(rows))))
     halfway = {
         name: {key: torch.lerp(dense[key], value.to(dense[key]), 0.5) for key, value in layer.values.items()}
         for name, layer in layers.items()
