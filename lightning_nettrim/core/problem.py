@@ -205,7 +205,7 @@ class LayerProblem:
         return kept_mask.reshape(-1, n, self.groups, M).transpose(1, 2).reshape(score.shape)
 
     def layer_sum(self, values: Tensor) -> Tensor:
-        """``(B, 1, 1)`` for ``(B, ., .)`` values: the sum over the layer that each problem belongs to."""
+        """``(B, 1, 1)``: the sum of ``(B, ·, ·)`` values over the layer that each problem belongs to."""
         total = values.sum((-2, -1)).reshape(-1, self.groups).sum(1)
         return total.repeat_interleave(self.groups)[:, None, None]
 

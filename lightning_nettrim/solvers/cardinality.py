@@ -30,16 +30,17 @@ converge.
 """
 
 SETTLED, NEARLY_SETTLED, FASTER = 2e-3, 0.1, 4
-"""The steps end when ρ grows and at most a fraction SETTLED of the kept blocks has changed since it grew before.
+"""The steps end if at most a fraction SETTLED of the kept weights has changed while ρ was the same.
 
-With at most NEARLY_SETTLED, ρ grows FASTER times as fast. With fewer than FEW_BLOCKS, neither is done.
+If it is at most NEARLY_SETTLED, ρ grows with the power FASTER of its factor. In layers with fewer kept blocks than
+MIN_BLOCKS_TO_SETTLE neither is done: a few blocks say too little.
 """
 
-FEW_BLOCKS = 5000
-"""Number of kept blocks below which changes are too few to say that a support has settled; such a layer is quick."""
+MIN_BLOCKS_TO_SETTLE = 5000
+"""Number of kept blocks from which the change of the support is evaluated."""
 
-VERY_FEW_BLOCKS = 1000
-"""Number of kept blocks below which the solution is always compared with that of magnitude."""
+MAX_BLOCKS_COMPARED = 1000
+"""Number of kept blocks up to which the solution is always compared with that of magnitude."""
 
 SMALL_LAYER, SMALL_LAYER_FACTOR = 512, 6
 """A layer of at most SMALL_LAYER weights takes SMALL_LAYER_FACTOR times as many steps, each with all rows."""
@@ -162,7 +163,7 @@ class Cardinality(Solver):
             full[:, free] = free_inverse @ free_products - regression @ full[:, rows]
             return full
 
-        settled, may_settle = torch.zeros_like(rho, dtype=torch.bool), problem.nonzero_blocks >= FEW_BLOCKS
+        settled, may_settle = torch.zeros_like(rho, dtype=torch.bool), problem.nonzero_blocks >= MIN_BLOCKS_TO_SETTLE
         final, steps = (S, total[:, free]), 0
         for growth in self._growth():
             inverse, previous = spectrum.inverse(rho + problem.ridge, W.shape[-1]), support
@@ -175,8 +176,8 @@ class Cardinality(Solver):
                 U -= S  # dual ascent
                 if problem.Omega is not None:
                     part = step % len(parts)
-                    W = complete(W, total[:, free])
-                    product = _target_product(problem, parts[part], W, RELAXATION)  # T-update
+                    full_W = complete(W, total[:, free])
+                    product = _target_product(problem, parts[part], full_W, RELAXATION)  # T-update
                     total += product - products[part]
                     products[part] = product
             final = torch.where(settled, final[0], S), torch.where(settled, final[1], total[:, free])
@@ -198,18 +199,19 @@ class Cardinality(Solver):
 def _better_of_magnitude(problem: LayerProblem, W: Tensor) -> Tensor:
     """W, or the largest trained weights after a refit if their error is lower, as it can be for uncorrelated inputs.
 
-    They are compared only if the supports share three quarters of their weights, or there are very few blocks, and if,
-    after one step of a refit (on a part of the rows unless there are few blocks), the distance of the largest trained
-    weights is less than twice that of W; otherwise W is far better.
+    They are compared only if the supports share three quarters of their weights, or have few blocks, and if, after one
+    step of a refit, in a large layer on a part of its rows, the distance of the largest trained weights is less than
+    twice that of W; otherwise W is far better.
     """
     largest = project_pattern(problem, problem.W)
     shared = problem.layer_sum((W != 0) & (largest != 0) & (problem.lambdas > 0))
-    similar = (4 * shared >= 3 * problem.nonzeros) | (problem.nonzero_blocks < VERY_FEW_BLOCKS)
+    similar = (4 * shared >= 3 * problem.nonzeros) | (problem.nonzero_blocks <= MAX_BLOCKS_COMPARED)
     if not bool(similar.any()):
         return W
     P, N = problem.X.shape[-2:]
-    few = problem.nonzero_blocks < FEW_BLOCKS
-    part = problem if few else select_rows(problem, slice(0, max(P // 4, min(2 * N, P))), problem.processes)
+    part = problem
+    if problem.nonzero_blocks >= MIN_BLOCKS_TO_SETTLE:
+        part = select_rows(problem, slice(0, max(P // 4, min(2 * N, P))), problem.processes)
     fitted = refit(part, largest, max_steps=1, cg_steps=10)
     of_W, of_largest = (problem.layer_sum(distance(part, w).square()) for w in (W, fitted))
     comparable = of_W > 0.25 * of_largest

@@ -312,7 +312,7 @@ def test_curves_of_layers_of_equal_shape_are_those_of_each_alone(monkeypatch):
         return solve_weighted(problem, *arguments)
 
     monkeypatch.setattr("lightning_nettrim.pruning.allocation.curves.solve_weighted", count)
-    monkeypatch.setattr("lightning_nettrim.pruning.allocation.curves.BATCHED_ON", {"cpu"})
+    monkeypatch.setattr("lightning_nettrim.pruning.allocation.curves.ONE_BY_ONE_ON", frozenset())
     session.run.cache.clear()
     together = measure_curves(session, list(session.plan.layers))
     assert list(together) == list(alone)

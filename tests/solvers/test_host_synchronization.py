@@ -65,7 +65,7 @@ def test_a_certificate_stays_on_the_device(options):
 
 
 def test_cardinality_reads_each_time_rho_grows_if_its_support_may_settle(monkeypatch):
-    monkeypatch.setattr("lightning_nettrim.solvers.cardinality.FEW_BLOCKS", 0)
+    monkeypatch.setattr("lightning_nettrim.solvers.cardinality.MIN_BLOCKS_TO_SETTLE", 0)
     problem = replace(layer(dtype=torch.float32), sparsity=0.8, epsilon=None).flattened()
     spectrum = compute_spectrum(problem)
     with cuda_with_values() as record:

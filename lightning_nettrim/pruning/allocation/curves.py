@@ -17,6 +17,7 @@ from lightning_nettrim.calibration.reference import ReferenceOutputs
 from lightning_nettrim.core.problem import LayerProblem
 from lightning_nettrim.core.streaming import concatenate, select_outputs
 from lightning_nettrim.layers import Layer, masking
+from lightning_nettrim.pruning.layer import local_error
 from lightning_nettrim.pruning.layer_problem import layer_problem
 from lightning_nettrim.pruning.session import CalibrationSession, retried, with_fewer_rows
 from lightning_nettrim.pruning.solving import solve_weighted
@@ -38,8 +39,8 @@ MAX_OUTPUTS = 64
 MIN_ERROR = 1e-6
 """Smallest error of an interpolated curve."""
 
-BATCHED_ON = frozenset({"cuda", "xpu", "mps"})
-"""Types of devices on which layers of equal shape are measured as one batch."""
+ONE_BY_ONE_ON = frozenset({"cpu"})
+"""Types of devices on which layers of equal shape are not measured as one batch."""
 
 _Measured = tuple[dict[str, Tensor], tuple[list[int], list[float], float]]
 """Parameters at the reference density, numbers of kept weights, their errors, and the error at the density."""
@@ -113,14 +114,14 @@ def measure_layers(session: CalibrationSession, names: Sequence[str]) -> Iterato
         def measure(name: str = name) -> _Measured:
             nonlocal session
             if name not in waiting:
-                members = [member for member in batches[name] if names.index(member) >= names.index(name)]
-                measured, session = retried(session, lambda s: _measure(s, members), with_fewer_rows)
+                measured, session = retried(session, lambda s: _measure(s, batches[name]), with_fewer_rows)
                 waiting.update(measured)
             return waiting.pop(name)
 
         key = fingerprint(session.fingerprint, repr(session.plan.budgets[name]), reference_density(session))
         with evaluation_mode(session.model):
             values, (kept, errors, error) = session.run.cached(f"curve-{name}", key, measure)
+        batches[name].remove(name)
         values = masking.divided(session.model, values)
         yield name, MeasuredLayer(ErrorCurve(tuple(kept), tuple(errors)), error, values)
 
@@ -140,14 +141,11 @@ def reference_density(session: CalibrationSession) -> float:
 
 
 def _batches(session: CalibrationSession, names: Sequence[str]) -> list[list[str]]:
-    """The layers, those of equal shape together as far as the memory allows; each alone on the CPU.
-
-    There a batch of small products is not faster than one after the other.
-    """
+    """The layers, those of equal shape together as far as the memory allows; each alone on the CPU."""
     equal: dict[Any, list[str]] = {}
     for name in names:
         layer, rows = session.plan.layers[name], session.plan.rows[name]
-        alone = name if layer.parameter.device.type not in BATCHED_ON else None
+        alone = name if layer.parameter.device.type in ONE_BY_ONE_ON else None
         equal.setdefault((alone, type(layer), layer.parameter.shape, layer.inputs, rows), []).append(name)
     batches = []
     for layers in equal.values():
@@ -172,67 +170,57 @@ def _measure(session: CalibrationSession, names: Sequence[str]) -> dict[str, _Me
 
 
 def _signature(problem: LayerProblem) -> tuple[Any, ...]:
-    """Equal for problems that differ in their tensors only; a slope below zero is one of them."""
-    present = tuple(getattr(problem, name) is None for name in ("Omega", "offset", "penalty"))
-    own = id(problem) if problem.rectifier.slope is not None else None
-    return problem.X.shape, problem.Y.shape, present, str(problem.rectifier), problem.pattern, problem.ridge, own
+    """Equal for problems that can be concatenated; a problem with a slope below zero has one of its own."""
+    absent = tuple(getattr(problem, name) is None for name in ("Omega", "offset", "penalty"))
+    alone = None if problem.rectifier.slope is None else id(problem)
+    return problem.X.shape, problem.Y.shape, absent, str(problem.rectifier), problem.pattern, problem.ridge, alone
 
 
 def _curves(session: CalibrationSession, problems: Mapping[str, LayerProblem]) -> dict[str, _Measured]:
     """What `_measure` returns, for problems with the same signature."""
-    names, first = list(problems), next(iter(problems.values()))
-    problem, groups = concatenate(list(problems.values())), first.groups
-    outputs = _sampled_outputs(first)
+    first = next(iter(problems.values()))
+    joint, outputs = concatenate(list(problems.values())), _sampled_outputs(first)
+    sampled = {name: select_outputs(problem, outputs) for name, problem in problems.items()}
+    importance = {name: factor[..., outputs] for name, factor in session.importance.items() if name in problems}
     points, solved, spectrum = dict[int, list[float]](), dict[float, tuple[Tensor, list[float]]](), None
     for density in DENSITIES:
+        at = replace(select_outputs(joint, outputs), sparsity=1 - density)
         kept = replace(first, sparsity=1 - density).nonzeros
         if kept:
-            at = replace(select_outputs(problem, outputs), sparsity=1 - density)
-            W, points[kept], spectrum = _solve(session, names, at, spectrum, outputs)
+            W, points[kept], spectrum = _solve(at, sampled, importance, spectrum)
             solved[density] = W, points[kept]
-    points[first.num_prunable] = [0.0] * len(names)
+    points[first.num_prunable] = [0.0] * len(problems)
     reference = reference_density(session)
+    curves = zip(*points.values(), strict=True)
     if reference not in solved:
-        columns = {name: [errors[i] for errors in points.values()] for i, name in enumerate(names)}
-        return {name: (session.dense_values(name), ([*points], columns[name], 0.0)) for name in names}
+        return {
+            name: (session.dense_values(name), ([*points], [*curve], 0.0))
+            for name, curve in zip(problems, curves, strict=True)
+        }
     W, of_sample = solved[reference]
     errors = of_sample
-    if W.shape != problem.W.shape:
-        W, errors, _ = _solve(session, names, replace(problem, sparsity=1 - reference), spectrum)
+    if W.shape != joint.W.shape:
+        W, errors, _ = _solve(replace(joint, sparsity=1 - reference), problems, session.importance, spectrum)
     measured: dict[str, _Measured] = {}
-    for i, name in enumerate(names):
-        scale = errors[i] / of_sample[i] if of_sample[i] > 0 else 1.0
-        values = session.folded_layers[name].to_parameters(W[i * groups : (i + 1) * groups])
-        measured[name] = values, ([*points], [scale * column[i] for column in points.values()], errors[i])
+    for name, w, curve, error, sample in zip(problems, W.split(first.groups), curves, errors, of_sample, strict=True):
+        scale = error / sample if sample > 0 else 1.0
+        values = session.folded_layers[name].to_parameters(w)
+        measured[name] = values, ([*points], [scale * value for value in curve], error)
     return measured
 
 
 def _solve(
-    session: CalibrationSession,
-    names: Sequence[str],
-    problem: LayerProblem,
-    spectrum: Any,
-    outputs: slice = slice(None),
+    joint: LayerProblem, problems: Mapping[str, LayerProblem], importance: Mapping[str, Tensor], spectrum: Any
 ) -> tuple[Tensor, list[float], Any]:
-    """Weights and local errors of a quick solve of several layers, and its spectrum."""
-    factors = [session.importance.get(name) for name in names]
-    shape = problem.groups, 1, problem.Y.shape[-1]
-    factor = torch.cat(
-        [problem.Y.new_ones(shape) if f is None else f[..., outputs].to(problem.Y).expand(shape) for f in factors]
-    )
-    solution = solve_weighted(problem, QUICK, None if all(f is None for f in factors) else factor, spectrum)
-    W = refit(problem, solution.W, max_steps=2, cg_steps=8)
-    return W, _local_errors(problem, W), solution.state
-
-
-def _local_errors(problem: LayerProblem, W: Tensor) -> list[float]:
-    """‖response(W) − Y‖/‖Y‖ of each layer in a batch (divided by 1 where Y = 0)."""
-    distances, norms = (
-        problem.processes.norm(torch.linalg.matrix_norm(R, dtype=torch.float64)).reshape(-1, problem.groups)
-        for R in (problem.response(W) - problem.Y, problem.Y)
-    )
-    distance, norm = torch.linalg.vector_norm(distances, dim=1), torch.linalg.vector_norm(norms, dim=1)
-    return (distance / torch.where(norm > 0, norm, 1)).tolist()
+    """Weights and local errors of a quick solve of several layers as one batch, and its spectrum."""
+    factors = None
+    if any(name in importance for name in problems):
+        ones = joint.Y.new_ones(joint.groups, 1, joint.Y.shape[-1])
+        factors = torch.cat([ones * importance.get(name, ones) for name in problems])
+    solution = solve_weighted(joint, QUICK, factors, spectrum)
+    W = refit(joint, solution.W, max_steps=2, cg_steps=8)
+    parts = zip(problems.values(), W.split(joint.groups), strict=True)
+    return W, [local_error(problem, w) for problem, w in parts], solution.state
 
 
 def _sampled_outputs(problem: LayerProblem) -> slice:
