@@ -10,7 +10,6 @@ from networks import copied_state, equal_states
 from torch import nn
 
 from lightning_nettrim import CalibrationSource, PruningConfig, trim
-from lightning_nettrim.pruning.allocation import effects
 from lightning_nettrim.pruning.allocation.curves import ErrorCurve, MeasuredLayer
 from lightning_nettrim.pruning.allocation.effects import measure_effects
 from lightning_nettrim.pruning.session_setup import calibrate
@@ -47,8 +46,7 @@ def exact_effects(first, second, layers, x):
 
 
 @pytest.mark.parametrize("batches", [X[:400].split(100), [X[:400]], X[:400].split(7)], ids=len)
-def test_the_effects_in_a_linear_network_are_exact(batches, monkeypatch):
-    monkeypatch.setattr(effects, "PART", 1)
+def test_the_effects_in_a_linear_network_are_exact(batches):
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(12, 9, bias=False), nn.Linear(9, 7, bias=False)).double()
     first, second = (model[i].weight.detach().clone() for i in (0, 1))
@@ -59,14 +57,15 @@ def test_the_effects_in_a_linear_network_are_exact(batches, monkeypatch):
     assert [found["0"], found["1"]] == pytest.approx(exact_effects(first, second, layers, X[:400].double()), rel=1e-9)
 
 
-def test_a_quarter_of_the_inputs_is_used():
+def test_effects_are_measured_on_as_many_inputs_as_give_the_last_layer_512_rows():
     torch.manual_seed(2)
     model = nn.Sequential(nn.Linear(12, 9, bias=False), nn.Linear(9, 7, bias=False)).double()
     first, second = (model[i].weight.detach().clone() for i in (0, 1))
-    session = calibrate(model, CalibrationSource([X.double()]), PruningConfig(sparsity=0.5))
+    data = torch.randn(4096, 12, dtype=torch.float64)
+    session = calibrate(model, CalibrationSource(data.split(128)), PruningConfig(sparsity=0.5, num_samples=4096))
     layers = measured(session)
     found = measure_effects(session, layers)
-    assert [found["0"], found["1"]] == pytest.approx(exact_effects(first, second, layers, X[:128].double()), rel=1e-9)
+    assert [found["0"], found["1"]] == pytest.approx(exact_effects(first, second, layers, data[:512]), rel=1e-9)
 
 
 def test_the_model_is_as_before():

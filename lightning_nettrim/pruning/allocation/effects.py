@@ -15,9 +15,11 @@ from lightning_nettrim.pruning.allocation.curves import MIN_ERROR, MeasuredLayer
 from lightning_nettrim.pruning.session import CalibrationSession, retried, with_smaller_batches
 from lightning_nettrim.runtime.fingerprint import fingerprint
 
-MAX_ROWS, PART = 512, 4
-"""Effects are measured on one PARTth of the inputs or at least MAX_ROWS of them, or on fewer if these give the last
-layer MAX_ROWS rows."""
+MAX_ROWS = 512
+"""Effects are measured on as many inputs as give the last layer so many rows, in all processes together."""
+
+MIN_BATCHES = 4
+"""The calibration set is divided into at least so many batches, of which the first ones are used."""
 
 
 def measure_effects(session: CalibrationSession, layers: Mapping[str, MeasuredLayer]) -> dict[str, float]:
@@ -52,7 +54,7 @@ def _relative_squares(session: CalibrationSession, layers: Mapping[str, Measured
     model, dense, calibration_set = session.model, session.dense, session.activations.calibration_set
     inputs, rows = calibration_set.inputs, MAX_ROWS / session.processes.count
     enough = math.ceil(rows * inputs / session.plan.rows[session.last])
-    part = calibration_set.divided(PART).first(min(enough, max(inputs // PART, math.ceil(rows))))
+    part = calibration_set.divided(MIN_BATCHES).first(min(enough, inputs))
     halfway = {
         name: {key: torch.lerp(dense[key], value.to(dense[key]), 0.5) for key, value in layer.values.items()}
         for name, layer in layers.items()
