@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import convex, layer_cost, llama, memory, networks, oneshot, pitch, processes
+from benchmarks import convex, layer_cost, llama, memory, networks, oneshot, pitch, processes, units
 from benchmarks.peers import Unavailable
 from benchmarks.plots import plot_accuracy, plot_convergence
 from benchmarks.report import Row, column_titles, header, line, write
@@ -20,6 +20,7 @@ BENCHMARKS = {
     "networks": networks,
     "llama": llama,
     "pitch": pitch,
+    "units": units,
     "memory": memory,
     "layer_cost": layer_cost,
     "processes": processes,
@@ -135,6 +136,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_integer(command, default, "samples", "number of calibration frames")
     command.add_argument("--budgets", type=float, nargs="+", default=[*default.budgets], help="sparsities")
     command.add_argument("--methods", nargs="+", default=[], choices=[*pitch.METHODS], help="default: all")
+
+    command = commands.add_parser("units", help="whole units removed, by this package and by Torch-Pruning's criteria")
+    default = units.Settings()
+    _add_data(command)
+    _add_out(command, default)
+    command.add_argument("--networks", nargs="+", default=[*default.networks], choices=[*default.networks])
+    _add_integer(command, default, "samples", "number of calibration images")
+    command.add_argument("--budgets", type=float, nargs="+", default=[*default.budgets], help="fractions of the MACs")
+    _add_integer(command, default, "finetune", "epochs of fine-tuning after pruning")
+    command.add_argument("--methods", nargs="+", default=[], choices=[*units.METHODS], help="default: all")
 
     command = commands.add_parser("memory", help="peak memory while a large network is pruned, by max_memory")
     default = memory.Settings()

@@ -1,7 +1,17 @@
 """Prune a trained network without retraining it: Net-Trim for PyTorch Lightning."""
 
 from lightning_nettrim.callbacks import NetTrim
-from lightning_nettrim.core.pattern import Blocks, Neuron, NOfM, Pattern, PerNeuron, Unstructured, parse_pattern
+from lightning_nettrim.compaction import CompactionReport, CompactResult, compact, load_compact
+from lightning_nettrim.core.pattern import (
+    Blocks,
+    Neuron,
+    NOfM,
+    Pattern,
+    PerNeuron,
+    Units,
+    Unstructured,
+    parse_pattern,
+)
 from lightning_nettrim.core.problem import LayerProblem
 from lightning_nettrim.layers import Layer, LayerCall, register_layer
 from lightning_nettrim.pruning.allocation.base import Allocation
@@ -40,6 +50,8 @@ __all__ = [
     "CalibrationSession",
     "CalibrationSource",
     "Cardinality",
+    "CompactResult",
+    "CompactionReport",
     "Distillation",
     "EpsilonAllocation",
     "GlobalAllocation",
@@ -64,8 +76,11 @@ __all__ = [
     "Status",
     "Trial",
     "UniformAllocation",
+    "Units",
     "Unstructured",
     "Wanda",
+    "compact",
+    "load_compact",
     "parse_pattern",
     "prune_model",
     "refit",

@@ -33,6 +33,7 @@ from benchmarks.time_to_tolerance import (
 )
 from lightning_nettrim import ADMM
 from lightning_nettrim.core.certificate import violation
+from recipes.models import MLP
 from tests.problems import layer, optimum
 
 FAKE_AUTHORS_SOLVER = """
@@ -326,3 +327,17 @@ def test_the_layer_cost_command_fits_exponents(tmp_path, capsys):
     assert layer_cost.exponents([1, 10, 100], [2, 200, 20000]) == pytest.approx((2, 2))
     assert layer_cost.exponents([1, 2, 4], [1, 1, 2])[1] == pytest.approx(1)
     assert "exponent of" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_units_command_compares_with_torch_pruning(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lenet, "network", lambda data, cache, epochs: MLP([784, 40, 20, 10]).eval())
+    methods = ["ours", "group magnitude, uniform", "Taylor, global", "Hessian, global", "random, uniform"]
+    options = ["--networks", "lenet300", "--budgets", "0.5", "--samples", "512", "--finetune", "0"]
+    run.main(["units", "--out", str(tmp_path), *options, "--methods", *methods])
+    with (tmp_path / "units.csv").open() as file:
+        dense, *rows = csv.DictReader(file)
+    assert dense["method"] == "dense"
+    assert [row["method"] for row in rows] == methods
+    assert all(0.3 < float(row["macs"]) <= 0.5 for row in rows)
+    assert "group magnitude, uniform" in capsys.readouterr().out

@@ -37,7 +37,7 @@ def test_the_examples_of_extending_run(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/choosing.md", "docs/units.md"])
 def test_other_examples_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     module = run(ROOT / page)

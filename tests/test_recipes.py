@@ -8,7 +8,9 @@ import json
 import pytest
 from mnist import MARKS, ROOT, accuracy, fit
 
-from lightning_nettrim import Magnitude, SparseGPT, Wanda, trim
+from lightning_nettrim import Magnitude, SparseGPT, Wanda, load_compact, trim
+from lightning_nettrim.calibration.batch import CalibrationBatch
+from lightning_nettrim.pruning.units.costs import count_macs
 from recipes.models import LeNet5, ResNet, ViT
 
 pytestmark = MARKS
@@ -62,6 +64,21 @@ def test_recipes_have_a_higher_accuracy_than_the_baselines_at_the_same_sparsity(
         network = copy.deepcopy(dense)
         trim(network, images.split(256), sparsity=sparsity, solver=solver, **options)
         assert accuracy(network, data) < ours
+
+
+def test_the_recipe_of_units_writes_a_network_of_half_the_operations(data, tmp_path):
+    fit([ROOT / "recipes/mnist_units.yaml"], tmp_path, "--trainer.max_epochs=2")
+    version = tmp_path / "mnist_units" / "version_0"
+    pruned = ResNet.load_from_checkpoint(version / "nettrim/pruned.ckpt", map_location="cpu").eval()
+    small = load_compact(ResNet(), version / "nettrim/compact.safetensors").eval()
+    batch = CalibrationBatch(data.train.tensors[0][:2])
+    (_, before), (_, after) = (count_macs(model, batch, {}) for model in (pruned, small))
+    assert 0.45 * before < after <= 0.5 * before
+    report = json.loads((version / "nettrim/report.json").read_text())
+    dense = report["metrics"]["dense"]["val_acc"]
+    assert dense >= 0.98
+    assert accuracy(small, data) == pytest.approx(accuracy(pruned, data), abs=2e-4)
+    assert accuracy(small, data) >= dense - 0.01
 
 
 def weights_of(report, model):

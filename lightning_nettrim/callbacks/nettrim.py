@@ -21,7 +21,13 @@ from lightning_nettrim.callbacks.lightning_package import fitting
 from lightning_nettrim.callbacks.monitoring import check_monitor, monitored_value
 from lightning_nettrim.callbacks.progress_bar import shown_progress
 from lightning_nettrim.callbacks.pruned_masks import PrunedMasks
-from lightning_nettrim.callbacks.publishing import publish, publish_histograms, show_plan, warn_of_dense
+from lightning_nettrim.callbacks.publishing import (
+    publish,
+    publish_compaction,
+    publish_histograms,
+    show_plan,
+    warn_of_dense,
+)
 from lightning_nettrim.callbacks.steps import LoadedBatch
 from lightning_nettrim.callbacks.strategy import check_strategy
 from lightning_nettrim.callbacks.trainer_pruning import TrainerPruning, processes_of
@@ -58,12 +64,16 @@ class NetTrim(Callback):
     Args:
         epsilon: maximum change of each layer's response, relative to its norm: 0.05 is 5 %. The sparsity results.
         sparsity: fraction of zeros, exact to the weight. The change of the responses results.
+        macs: fraction of the network's multiply-accumulates that the pattern ``units`` leaves at most, once compacted.
+        parameters: fraction of the network's parameters that the pattern ``units`` leaves at most, once compacted.
         max_drop: maximum drop of the metric (``mode="min"``: rise). The sparsest network within it is searched by
             trials; if there is none, the network stays dense.
         mode: whether a larger (``"max"``) or a smaller (``"min"``) metric is better.
         relative: whether ``max_drop`` is a fraction of the dense network's metric.
         pattern: pattern of the zeros: ``unstructured``, ``per_neuron``, ``neuron``, ``n:m`` as ``2:4``, blocks of
-            outputs by inputs as ``4x4``, or a `Pattern`.
+            outputs by inputs as ``4x4``, or a `Pattern`; ``units`` are whole neurons and channels that no layer reads,
+            which `compact` removes.
+        round_to: the pattern ``units`` keeps multiples of so many units.
         allocate: how the sparsity is distributed over layers without a budget of their own: ``global``, where it
             changes the network's output least; ``uniform``, the same in each layer; ``epsilon``, to one relative error
             of all responses; ``magnitude``, where the smallest weights are; or an `Allocation`. The total is exact for
@@ -121,10 +131,13 @@ class NetTrim(Callback):
         self,
         epsilon: float | None = None,
         sparsity: float | None = None,
+        macs: float | None = None,
+        parameters: float | None = None,
         max_drop: float | None = None,
         mode: Literal["max", "min"] = "max",
         relative: bool = False,
         pattern: str | Pattern = "unstructured",
+        round_to: int = 1,
         allocate: Literal["uniform", "epsilon", "global", "magnitude"] | Allocation = "global",
         importance: Literal["outgoing", "equal"] = "outgoing",
         scheme: Literal["cascade", "parallel"] = "cascade",
@@ -465,4 +478,7 @@ class NetTrim(Callback):
             "calibration_step": self._trainer_pruning.step_name,
             "checkpoint": self.checkpoint,
         }
-        publish(trainer, self.result, self.metrics, self.config, arguments, self.folder if self.save else None)
+        folder = self.folder if self.save else None
+        publish(trainer, self.result, self.metrics, self.config, arguments, folder)
+        if self.config.budget.pattern.selects_units and trainer.is_global_zero:
+            publish_compaction(trainer, self._trainer_pruning.report_compaction, folder)

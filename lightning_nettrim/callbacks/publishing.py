@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, is_dataclass
 from importlib.metadata import version
 from itertools import product
@@ -18,6 +18,7 @@ from lightning_nettrim.callbacks.checkpoints import remove, verify_file
 from lightning_nettrim.callbacks.lightning_package import is_a
 from lightning_nettrim.callbacks.run_folder import release
 from lightning_nettrim.callbacks.validation import sibling
+from lightning_nettrim.compaction import CompactionReport, save_without_channels
 from lightning_nettrim.pruning.config import PruningConfig
 from lightning_nettrim.pruning.report_json import to_json
 from lightning_nettrim.pruning.results import PruningResult, comparison
@@ -75,6 +76,34 @@ def publish(
         release(folder)
         _upload(trainer, folder)
     trainer.print(f"\nNetTrim: wrote {folder / 'pruned.ckpt'} and report.json beside it")
+
+
+def publish_compaction(
+    trainer: pl.Trainer, report: Callable[[pl.LightningModule], CompactionReport], folder: Path | None
+) -> None:
+    """Print what the network without its unread units saves, log it, and write that network to a file.
+
+    Args:
+        trainer: of the pruned network.
+        report: measures it; if it fails, there is a warning in place of a report.
+        folder: of the file ``compact.safetensors``; ``None`` writes none.
+    """
+    try:
+        found = report(trainer.lightning_module)
+    except Exception as error:  # of any kind, from the forward pass of another module
+        rank_zero_warn(f"NetTrim: the pruned network was not made compact: {type(error).__name__}: {error}")
+        return
+    trainer.print(f"\n{found.table()}")
+    scalars = {
+        f"nettrim/{side}/{name}": value
+        for side, size in (("all_units", found.before), ("compact", found.after))
+        for name, value in size.numbers().items()
+    }
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, trainer.global_step)
+    if folder is not None:
+        save_without_channels(trainer.lightning_module, found.removed, folder / "compact.safetensors")
+        trainer.print(f"\nNetTrim: wrote {folder / 'compact.safetensors'}, for load_compact")
 
 
 def _upload(trainer: pl.Trainer, folder: Path) -> None:

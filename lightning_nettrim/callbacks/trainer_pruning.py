@@ -9,9 +9,11 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from lightning_nettrim.calibration.batch import CalibrationBatch
 from lightning_nettrim.callbacks.calibration_data import calibration_batches
 from lightning_nettrim.callbacks.steps import STEPS, LoadedBatch, StepForward, choose_step
 from lightning_nettrim.callbacks.strategy import is_distributed
+from lightning_nettrim.compaction import CompactionReport, report_compaction
 from lightning_nettrim.layers import Layer, check_model
 from lightning_nettrim.pruning.api import check_pruning, prune_model
 from lightning_nettrim.pruning.config import PruningConfig
@@ -19,6 +21,9 @@ from lightning_nettrim.pruning.plan_file import select_layers
 from lightning_nettrim.pruning.results import PruningResult
 from lightning_nettrim.pruning.session_setup import CalibrationSource
 from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup, TorchProcessGroup
+
+BATCH_SIZES = 1, 256
+"""Batch sizes at which the time of a forward pass is measured before and after compaction."""
 
 
 class TrainerPruning:
@@ -33,10 +38,11 @@ class TrainerPruning:
     def __init__(self, config: PruningConfig, calibration: str, calibration_step: str | None) -> None:
         self._config, self._calibration, self._requested_step = config, calibration, calibration_step
         self._step: StepForward | None = None
+        self._first: LoadedBatch | None = None  # calibration batch of the last pruning
 
     def reset(self) -> None:
-        """Forget the step that was chosen for a module."""
-        self._step = None
+        """Forget the step that was chosen for a module, and its batch."""
+        self._step = self._first = None
 
     @property
     def step_name(self) -> str | None:
@@ -90,9 +96,15 @@ class TrainerPruning:
                 raise MisconfigurationException(
                     "NetTrim: expected batches to calibrate on, got none: the loader is empty"
                 )
-        forward = self._forward(trainer, pl_module, first)
+        forward, self._first = self._forward(trainer, pl_module, first), first
         source = CalibrationSource(chain([first], batches), forward, is_distributed(trainer))
         return prune_model(pl_module, source, self._config, **more)
+
+    def report_compaction(self, pl_module: pl.LightningModule) -> CompactionReport:
+        """What the pruned module without its unread units saves; call it after `prune`."""
+        assert self._first is not None
+        assert self._step is not None
+        return report_compaction(pl_module, CalibrationBatch(self._first, self._step), BATCH_SIZES)
 
     def _forward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loaded: LoadedBatch) -> StepForward:
         """How calibration batches run through the module, chosen on one of them."""

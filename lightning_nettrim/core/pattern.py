@@ -44,6 +44,11 @@ class Pattern(ABC):
         """Whether the bias can be pruned like a weight, as an additional input."""
         return False
 
+    @property
+    def selects_units(self) -> bool:
+        """Whether whole units of the network are chosen, instead of the weights of each layer on its own."""
+        return False
+
     def span(self, N: int) -> int:
         """Number of consecutive inputs whose weights must be chosen at the same time."""
         return N
@@ -236,6 +241,29 @@ class Neuron(Pattern):
 
 
 @dataclass(frozen=True)
+class Units(Pattern):
+    """Whole units: inputs that no output of a layer reads, together with what computes them; ``"units"``."""
+
+    @property
+    def name(self) -> str:
+        """``units``."""
+        return "units"
+
+    @property
+    def selects_units(self) -> bool:
+        """Units are chosen for all layers that read them together."""
+        return True
+
+    def block(self, N: int, M: int) -> tuple[int, int]:
+        """All outputs of an input."""
+        return M, 1
+
+    def num_sets(self, N: int, M: int) -> int:
+        """One: the layer."""
+        return 1
+
+
+@dataclass(frozen=True)
 class Blocks(Pattern):
     """Blocks of ``outputs`` by ``inputs`` as they lie in a layer's ``weight``; ``"rxc"``, as ``"4x4"``.
 
@@ -261,7 +289,12 @@ class Blocks(Pattern):
         return 1
 
 
-_NAMED: dict[str, type[Pattern]] = {"unstructured": Unstructured, "per_neuron": PerNeuron, "neuron": Neuron}
+_NAMED: dict[str, type[Pattern]] = {
+    "unstructured": Unstructured,
+    "per_neuron": PerNeuron,
+    "neuron": Neuron,
+    "units": Units,
+}
 _NUMBERS = re.compile(r"([1-9]\d*)([:x])([1-9]\d*)")
 
 

@@ -17,7 +17,7 @@ from lightning_nettrim.core.precision import matmul_precision
 from lightning_nettrim.layers import check_model
 from lightning_nettrim.pruning.allocation.base import Allocation
 from lightning_nettrim.pruning.allocation.named import allocate as allocate_budgets
-from lightning_nettrim.pruning.budget import Options
+from lightning_nettrim.pruning.budget import Budget, Options
 from lightning_nettrim.pruning.config import PruningConfig
 from lightning_nettrim.pruning.from_file import WeightFiles, prune_from_files
 from lightning_nettrim.pruning.layer import prune_layer
@@ -26,7 +26,9 @@ from lightning_nettrim.pruning.pruner import prune_network
 from lightning_nettrim.pruning.recovery import Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, Trial
 from lightning_nettrim.pruning.search import prune_within_drop
+from lightning_nettrim.pruning.session import CalibrationSession
 from lightning_nettrim.pruning.session_setup import CalibrationSource, calibrate
+from lightning_nettrim.pruning.units.allocation import allocate_units, session_groups
 from lightning_nettrim.runtime.distributed import ProcessGroup
 from lightning_nettrim.runtime.memory import GIB
 from lightning_nettrim.runtime.progress import Progress
@@ -43,10 +45,13 @@ def trim(
     *,
     epsilon: float | None = None,
     sparsity: float | None = None,
+    macs: float | None = None,
+    parameters: float | None = None,
     max_drop: float | None = None,
     mode: Literal["max", "min"] = "max",
     relative: bool = False,
     pattern: str | Pattern = "unstructured",
+    round_to: int = 1,
     allocate: Literal["uniform", "epsilon", "global", "magnitude"] | Allocation = "global",
     importance: Literal["outgoing", "equal"] = "outgoing",
     scheme: Literal["cascade", "parallel"] = "cascade",
@@ -91,12 +96,16 @@ def trim(
             (``attention_mask``, ``src_key_padding_mask`` and the like) are left out.
         epsilon: maximum change of each layer's response, relative to its norm: 0.05 is 5 %. The sparsity results.
         sparsity: fraction of zeros, exact to the weight. The change of the responses results.
+        macs: fraction of the network's multiply-accumulates that the pattern ``units`` leaves at most, once compacted.
+        parameters: fraction of the network's parameters that the pattern ``units`` leaves at most, once compacted.
         max_drop: maximum drop of the metric (``mode="min"``: rise). The sparsest network within it is searched by
             trials; if there is none, the network stays dense.
         mode: whether a larger (``"max"``) or a smaller (``"min"``) metric is better.
         relative: whether ``max_drop`` is a fraction of the dense network's metric.
         pattern: pattern of the zeros: ``unstructured``, ``per_neuron``, ``neuron``, ``n:m`` as ``2:4``, blocks of
-            outputs by inputs as ``4x4``, or a `Pattern`.
+            outputs by inputs as ``4x4``, or a `Pattern`; ``units`` are whole neurons and channels that no layer reads,
+            which `compact` removes.
+        round_to: the pattern ``units`` keeps multiples of so many units.
         allocate: how the sparsity is distributed over layers without a budget of their own: ``global``, where it
             changes the network's output least; ``uniform``, the same in each layer; ``epsilon``, to one relative error
             of all responses; ``magnitude``, where the smallest weights are; or an `Allocation`. The total is exact for
@@ -222,7 +231,7 @@ def prune_model(
     with session.restored_on_error():
         if metric is None:
             session.run.progress.activity = "determining budgets"
-            budgets = allocate_budgets(session, config.sparsity)
+            budgets = _budgets(session)
             result = PruningResult.of_dry_run(session.plan.skipped)
             if not dry_run:
                 result, session = prune_network(session, budgets, on_layer)
@@ -237,6 +246,13 @@ def prune_model(
         note = f"{store.used} results are those of an interrupted run"
         result = replace(result, notes=(*result.notes, note), reused=tuple(store.reused))
     return replace(result, seconds=time.perf_counter() - start, peak_memory=meter.peak / GIB)
+
+
+def _budgets(session: CalibrationSession) -> dict[str, Budget]:
+    """The budget of every layer that the options define, without a search."""
+    if session.config.budget.pattern.selects_units:
+        return allocate_units(session, *session.config.unit_budget)
+    return allocate_budgets(session, session.config.sparsity)
 
 
 @matmul_precision("highest")
@@ -254,6 +270,8 @@ def check_pruning(model: nn.Module, source: CalibrationSource, config: PruningCo
     """
     small = replace(config, num_samples=CHECKED_INPUTS, max_rows=CHECKED_ROWS, max_memory=None, offload="cpu")
     session = calibrate(model, source, small)
+    if config.budget.pattern.selects_units:
+        session_groups(session)
     layers, budgets = session.plan.layers, session.plan.budgets
     name = min(budgets, key=lambda name: layers[name].parameter.numel())
     budget = replace(budgets[name], sparsity=0.5) if budgets[name].sparsity == 0 else budgets[name]

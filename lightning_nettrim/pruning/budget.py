@@ -23,6 +23,7 @@ class Budget:
         pattern: of the zeros; names are parsed.
         min_sparsity: lower bound for an allocation.
         max_sparsity: upper bound for an allocation.
+        removed_inputs: inputs of the layer that it does not read; its other weights are dense.
 
     Raises:
         ValueError: for numbers outside their ranges and for a pattern that contradicts them.
@@ -34,10 +35,12 @@ class Budget:
     pattern: Pattern = Unstructured()
     min_sparsity: float = 0.0
     max_sparsity: float = 1.0
+    removed_inputs: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Parse the pattern and check the numbers."""
         object.__setattr__(self, "pattern", parse_pattern(self.pattern))
+        object.__setattr__(self, "removed_inputs", tuple(self.removed_inputs))
         fixed = self.pattern.sparsity
         if fixed is not None and self.epsilon is None and self.sparsity is None:
             object.__setattr__(self, "sparsity", fixed)

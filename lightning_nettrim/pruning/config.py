@@ -40,12 +40,16 @@ class PruningConfig:
     Args:
         epsilon: maximum change of each layer's response, relative to its norm: 0.05 is 5 %. The sparsity results.
         sparsity: fraction of zeros, exact to the weight. The change of the responses results.
+        macs: fraction of the network's multiply-accumulates that the pattern ``units`` leaves at most, once compacted.
+        parameters: fraction of the network's parameters that the pattern ``units`` leaves at most, once compacted.
         max_drop: maximum drop of the metric (``mode="min"``: rise). The sparsest network within it is searched by
             trials; if there is none, the network stays dense.
         mode: whether a larger (``"max"``) or a smaller (``"min"``) metric is better.
         relative: whether ``max_drop`` is a fraction of the dense network's metric.
         pattern: pattern of the zeros: ``unstructured``, ``per_neuron``, ``neuron``, ``n:m`` as ``2:4``, blocks of
-            outputs by inputs as ``4x4``, or a `Pattern`.
+            outputs by inputs as ``4x4``, or a `Pattern`; ``units`` are whole neurons and channels that no layer reads,
+            which `compact` removes.
+        round_to: the pattern ``units`` keeps multiples of so many units.
         allocate: how the sparsity is distributed over layers without a budget of their own: ``global``, where it
             changes the network's output least; ``uniform``, the same in each layer; ``epsilon``, to one relative error
             of all responses; ``magnitude``, where the smallest weights are; or an `Allocation`. The total is exact for
@@ -86,10 +90,13 @@ class PruningConfig:
 
     epsilon: float | None = None
     sparsity: float | None = None
+    macs: float | None = None
+    parameters: float | None = None
     max_drop: float | None = None
     mode: Literal["max", "min"] = "max"
     relative: bool = False
     pattern: str | Pattern = "unstructured"
+    round_to: int = 1
     allocate: Literal["uniform", "epsilon", "global", "magnitude"] | Allocation = "global"
     importance: Literal["outgoing", "equal"] = "outgoing"
     scheme: Literal["cascade", "parallel"] = "cascade"
@@ -128,9 +135,16 @@ class PruningConfig:
         if self.plan is not None:
             return Budget(None, 0.0, self.refit)
         pattern = parse_pattern(self.pattern)
-        if self.max_drop is not None:
+        if self.max_drop is not None or self.macs is not None or self.parameters is not None:
             return Budget(None, 0.0, self.refit, pattern)
         return Budget(self.epsilon, self.sparsity, self.refit, pattern)
+
+    @property
+    def unit_budget(self) -> tuple[str, float]:
+        """What the pattern ``units`` leaves at most: a measure of the cost and the fraction of it."""
+        if self.macs is not None:
+            return "macs", self.macs
+        return ("units", 1 - (self.sparsity or 0.0)) if self.parameters is None else ("parameters", self.parameters)
 
     @property
     def rows_limit(self) -> int:
@@ -142,7 +156,8 @@ class PruningConfig:
         return self.solver or (Cardinality() if epsilon is None else ADMM())
 
     def _check_types(self) -> None:
-        for name in ("epsilon", "sparsity", "max_drop", "num_samples", "max_rows", "max_memory"):
+        budgets = ("epsilon", "sparsity", "macs", "parameters", "max_drop")
+        for name in (*budgets, "round_to", "num_samples", "max_rows", "max_memory"):
             if isinstance(value := getattr(self, name), str):
                 raise ValueError(f"{name}: expected a number, got {value!r}: leave out the quotes")
 
@@ -154,11 +169,11 @@ class PruningConfig:
                 f"plan: expected no epsilon, sparsity or max_drop beside it, got {self.epsilon}, {self.sparsity} and"
                 f" {self.max_drop}: edit the plan"
             )
-        given = (self.epsilon, self.sparsity, self.max_drop, self.plan, own)
+        given = (self.epsilon, self.sparsity, self.macs, self.parameters, self.max_drop, self.plan, own)
         if all(value is None for value in given):
             raise ValueError(
-                "expected one of sparsity, epsilon, max_drop, plan and an n:m pattern, got none: sparsity=0.8 makes"
-                " four of five weights zero"
+                "expected one of sparsity, epsilon, max_drop, plan and an n:m pattern, or macs or parameters with the"
+                " pattern 'units', got none: sparsity=0.8 makes four of five weights zero"
             )
         if self.epsilon is not None and self.sparsity is not None:
             raise ValueError(
@@ -171,6 +186,9 @@ class PruningConfig:
             )
         if self.max_drop is not None and not 0 <= self.max_drop < float("inf"):
             raise ValueError(f"max_drop: expected ≥ 0 (0.005 is half a point of accuracy), got {self.max_drop}")
+        for name in ("macs", "parameters"):
+            if (value := getattr(self, name)) is not None and not 0 < value <= 1:
+                raise ValueError(f"{name}: expected the fraction that is left, in (0, 1], got {value}")
 
     def _check_choices(self) -> None:
         for name, choices in CHOICES.items():
@@ -187,12 +205,39 @@ class PruningConfig:
     def _check_ranges(self) -> None:
         if self.max_memory is not None and not 0 < self.max_memory < float("inf"):
             raise ValueError(f"max_memory: expected > 0 (in GiB), got {self.max_memory}")
+        if self.round_to < 1:
+            raise ValueError(f"round_to: expected at least 1, got {self.round_to}: 8 suits most hardware")
         for name in ("num_samples", "max_rows"):
             if (value := getattr(self, name)) is not None and value < MIN_SAMPLES:
                 raise ValueError(f"{name}: expected at least {MIN_SAMPLES}, got {value}: a few thousand are usual")
 
+    def _check_units(self) -> None:
+        """The pattern ``units`` has a budget that it takes, and no option of single layers."""
+        limits = {name: getattr(self, name) for name in ("macs", "parameters") if getattr(self, name) is not None}
+        if not parse_pattern(self.pattern).selects_units:
+            for name, value in (limits | ({} if self.round_to == 1 else {"round_to": self.round_to})).items():
+                raise ValueError(f"{name}: expected the pattern 'units', got {name}={value}: it counts whole units")
+            own = (override(Budget(sparsity=0.0), options).pattern for options in (self.per_layer or {}).values())
+            if any(pattern.selects_units for pattern in own):
+                raise ValueError(
+                    "per_layer: expected other patterns than 'units', which is chosen for all layers together: give it"
+                    " as pattern="
+                )
+            return
+        given = limits | {
+            name: getattr(self, name) for name in ("sparsity", "epsilon", "max_drop") if getattr(self, name) is not None
+        }
+        if len(given) > 1 or self.epsilon is not None:
+            expected = "one of sparsity, macs, parameters and max_drop"
+            got = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"pattern 'units': expected {expected}, got {got}: choose one")
+        for name in ("solver", "per_layer"):
+            if (value := getattr(self, name)) is not None:
+                raise ValueError(f"{name}: expected none with the pattern 'units', got {value!r}: leave it out")
+
     def _check_combinations(self) -> None:
         """The solver takes the budgets of all layers, and their patterns are possible."""
+        self._check_units()
         common = self.budget
         for budget in (common, *(override(common, options) for options in (self.per_layer or {}).values())):
             convex = self.solver_for(budget.epsilon).takes_epsilon

@@ -73,6 +73,11 @@ def check_options(config: PruningConfig, distributed: bool) -> None:
             f"allocate: expected 'uniform' or 'magnitude' with weights=, got {config.allocate!r}, which measures"
             " effects in the whole network: pass allocate='uniform', or a plan= with the sparsity of each layer"
         )
+    if config.budget.pattern.selects_units:
+        raise ValueError(
+            "pattern: expected single layers with weights=, got 'units', which are chosen in the whole network: choose"
+            " another pattern"
+        )
     if config.max_drop is not None or config.recover is not None:
         name = "recover" if config.max_drop is None else "max_drop"
         raise ValueError(

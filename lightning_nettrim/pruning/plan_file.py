@@ -20,6 +20,7 @@ def plan_to_yaml(plan: Plan, budgets: Mapping[str, Budget]) -> str:
     layers = {
         name: {key: value for key in ("epsilon", "sparsity") if (value := getattr(budgets[name], key)) is not None}
         | {"pattern": budgets[name].pattern.to_config(), "refit": budgets[name].refit}
+        | ({"removed_inputs": list(budgets[name].removed_inputs)} if budgets[name].removed_inputs else {})
         | {"shape": list(layer.parameter.shape), "followed_by": str(plan.contexts[name])}
         for name, layer in plan.layers.items()
     }

@@ -14,9 +14,13 @@ from lightning_nettrim.pruning.plan_file import plan_to_yaml
 from lightning_nettrim.pruning.pruner import prune_network
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, Trial
 from lightning_nettrim.pruning.session import CalibrationSession
+from lightning_nettrim.pruning.units.allocation import allocate_units
 
-MIN_DENSITY, MAX_DENSITY = 0.002, 0.5
-"""Range of the search, if the bounds of the layers allow it."""
+MIN_DENSITY, MAX_DENSITY, FIRST_DENSITY = 0.002, 0.5, 0.1
+"""Range of the search, if the bounds of the layers allow it, and the density of its first trial."""
+
+UNIT_DENSITIES = 0.05, 0.95
+"""Range of the search for whole units, which starts in its middle."""
 
 SUFFICIENT, MAX_USED = 0.9, 16.0
 """Fraction of the drop that is worth no further trial, and the largest one, or inverse of one, that is told apart."""
@@ -40,6 +44,7 @@ def prune_within_drop(
         ValueError: if every layer has a budget of its own.
     """
     config, mean = session.config, session.processes.mean
+    units = config.budget.pattern.selects_units
     sizes, bounds = session.shared_sizes(), session.kept_bounds()
     if not sizes:
         raise ValueError("max_drop: expected a layer without a budget of its own, got none: remove some budgets")
@@ -54,7 +59,7 @@ def prune_within_drop(
 
     def evaluate(sparsity: float) -> Trial:
         nonlocal best, session
-        budgets = allocate(session, sparsity)
+        budgets = allocate_units(session, "units", 1 - sparsity) if units else allocate(session, sparsity)
         result, session = prune_network(session, budgets, label=f"{sparsity:.4f}@")
         value = mean(metric())
         trial = Trial(sparsity, value, used(value) <= 1)
@@ -65,7 +70,8 @@ def prune_within_drop(
         return trial
 
     least, most = (sum(bound[i] for bound in bounds.values()) / sum(sizes.values()) for i in (0, 1))
-    trials = search_sparsity(evaluate, used, limits=(max(least, MIN_DENSITY), min(most, MAX_DENSITY)))
+    limits = UNIT_DENSITIES if units else (max(least, MIN_DENSITY), min(most, MAX_DENSITY))
+    trials = search_sparsity(evaluate, used, first=limits[1] / 2 if units else FIRST_DENSITY, limits=limits)
     if best is None:
         result, session = prune_network(session, zero_budgets(session.plan))
     else:
@@ -81,7 +87,7 @@ def search_sparsity(
     evaluate: Callable[[float], Trial],
     used: Callable[[float], float],
     *,
-    first: float = 0.1,
+    first: float = FIRST_DENSITY,
     limits: tuple[float, float] = (MIN_DENSITY, MAX_DENSITY),
     max_trials: int = 9,
 ) -> list[Trial]:

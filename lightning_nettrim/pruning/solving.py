@@ -14,6 +14,7 @@ from lightning_nettrim.layers.folding import FoldedLayer
 from lightning_nettrim.pruning.budget import Budget
 from lightning_nettrim.pruning.session import CalibrationSession
 from lightning_nettrim.solvers import Magnitude, Solution, Solver, Status, refit, solve, sparsest_within
+from lightning_nettrim.solvers.elimination import without_inputs
 
 
 class SolvedLayer(NamedTuple):
@@ -67,6 +68,9 @@ def _solve(
     session: CalibrationSession, name: str, problem: LayerProblem, solver: Solver, budget: Budget, trained_inputs: bool
 ) -> Solution:
     """The solution of a solver, by its capabilities; of the folded layer, or else of the layer's own weights."""
+    if budget.removed_inputs:
+        removed = torch.tensor(budget.removed_inputs, device=problem.W.device)
+        return Solution.uncertified(without_inputs(problem, removed))
     if budget.epsilon is not None and not solver.takes_epsilon:
         return sparsest_within(problem, solver, budget.refit)
     if not solver.uses_folded_layer and budget.epsilon is None:

@@ -75,13 +75,16 @@ class ErrorCurve:
             return [float(self.kept[0])], [self.errors[0]]
         low, high = math.log(self.kept[0]), math.log(self.kept[-1])
         kept = [math.exp(low + (high - low) * i / (points - 1)) for i in range(points)]
-        errors = []
-        for count in kept:
-            i = min(max(bisect_left(self.kept, count), 1), len(self.kept) - 1)
-            few, many = self.kept[i - 1], self.kept[i]
-            more, less = (max(self.errors[j], MIN_ERROR) for j in (i - 1, i))
-            errors.append(more * (less / more) ** (math.log(count / few) / math.log(many / few)))
-        return kept, errors
+        return kept, [self.at(count) for count in kept]
+
+    def at(self, count: float) -> float:
+        """The error with a number of kept weights, log-linear between the points of the curve, at least MIN_ERROR."""
+        if len(self.kept) == 1:
+            return self.errors[0]
+        i = min(max(bisect_left(self.kept, count), 1), len(self.kept) - 1)
+        few, many = self.kept[i - 1], self.kept[i]
+        more, less = (max(self.errors[j], MIN_ERROR) for j in (i - 1, i))
+        return more * (less / more) ** (math.log(count / few) / math.log(many / few))
 
 
 @dataclass(frozen=True, eq=False)

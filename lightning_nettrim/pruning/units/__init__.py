@@ -1,0 +1,1 @@
+"""Pruning of whole units: which belong together, how many and which are kept."""

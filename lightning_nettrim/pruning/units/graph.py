@@ -1,0 +1,65 @@
+"""The dependencies of a network's channels, found by Torch-Pruning."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
+from lightning_nettrim.calibration.nested import tensors_of
+from lightning_nettrim.calibration.network_output import find_output
+
+
+def dependency_graph(model: nn.Module, batch: CalibrationBatch) -> Any:
+    """The `torch_pruning.DependencyGraph` of a model, traced on a batch; the model is not changed.
+
+    Args:
+        model: the model.
+        batch: a small batch.
+
+    Raises:
+        ModuleNotFoundError: without the package torch-pruning.
+        ValueError: if the forward pass cannot be traced.
+    """
+    try:
+        import torch_pruning
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "pattern 'units': expected the package torch-pruning, got none: pip install lightning_nettrim[compact]"
+        ) from error
+    graph = torch_pruning.DependencyGraph()
+    with evaluation_mode(model), torch.enable_grad(), _requiring_gradients(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return graph.build_dependency(model, batch, forward_fn=outputs, verbose=False)
+        except Exception as error:  # a model may raise anything while it is traced
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise ValueError(
+                f"pattern 'units': expected a forward pass that Torch-Pruning can trace, got {reason!r}: choose another"
+                " pattern"
+            ) from error
+
+
+def outputs(model: nn.Module, batch: CalibrationBatch) -> list[Tensor]:
+    """All outputs of a model that depend on its parameters; its last layer's output if it returns none of them."""
+    returned = tensors_of(batch(model))
+    found = [tensor for tensor in returned if tensor.grad_fn is not None] if torch.is_grad_enabled() else returned
+    return found or [find_output(model, batch).of(model, batch)]
+
+
+@contextmanager
+def _requiring_gradients(model: nn.Module) -> Iterator[None]:
+    """A `with` in which all parameters require gradients."""
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    for parameter in frozen:
+        parameter.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)

@@ -1,0 +1,178 @@
+"""Groups of units that are coupled, with the layers that compute and read them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
+from lightning_nettrim.layers import Layer, masking
+from lightning_nettrim.pruning.units.graph import dependency_graph, outputs
+
+RTOL = 1e-4
+"""Change of the output, relative to its norm, up to which units that no layer reads do not influence it."""
+
+
+@dataclass(frozen=True, eq=False)
+class UnitGroup:
+    """Units, of which each is computed and read by the same modules.
+
+    Two units of different layers are one unit if a residual sum or another element-wise operation couples them.
+
+    Attributes:
+        name: of the first module of the network that computes the units.
+        size: number of units.
+        readers: ``{layer: (size, c)}`` the input channels of each layer that reads units, in order of execution; a
+            layer has the name of its module.
+        producers: ``{module: (size, c)}`` the outputs of each module that computes units.
+        channelwise: ``{module: (size, c)}`` the channels of modules that process each unit on its own, as a BatchNorm.
+    """
+
+    name: str
+    size: int
+    readers: Mapping[str, Tensor]
+    producers: Mapping[str, Tensor]
+    channelwise: Mapping[str, Tensor]
+
+
+def find_groups(
+    model: nn.Module, batch: CalibrationBatch, layers: Mapping[str, Layer]
+) -> tuple[dict[str, UnitGroup], dict[str, str]]:
+    """Find the groups of units that can be removed.
+
+    Args:
+        model: the model; it is not changed.
+        batch: a small batch.
+        layers: the layers that may be changed, in order of execution.
+
+    Returns:
+        The groups by name, in the order in which their first readers are executed, and the reasons for the others.
+
+    Raises:
+        ModuleNotFoundError: without the package torch-pruning.
+        ValueError: if the forward pass cannot be traced.
+    """
+    graph = dependency_graph(model, batch)
+    names = {module: name for name, module in model.named_modules()}
+    by_module = {layer.module: layer for layer in layers.values() if layer.weight == "weight"}
+    groups, skipped = dict[str, UnitGroup](), dict[str, str]()
+    for items in graph.get_all_groups():
+        try:
+            group = _group(items, graph, by_module, names)
+            _check_separable(model, batch, group, layers)
+            groups[group.name] = group
+        except _Unsuitable as reason:
+            skipped[names[items[0].dep.target.module]] = str(reason)
+    order = {name: i for i, name in enumerate(layers)}
+    ordered = sorted(groups.values(), key=lambda group: order[next(iter(group.readers))])
+    return {group.name: group for group in ordered}, skipped
+
+
+class _Unsuitable(Exception):
+    """The reason why a group cannot be removed."""
+
+
+def _group(items: Any, graph: Any, by_module: Mapping[nn.Module, Layer], names: Mapping[nn.Module, str]) -> UnitGroup:
+    """The group of Torch-Pruning's items."""
+    import torch_pruning
+
+    operations = torch_pruning.ops.OPTYPE
+    size = len(items[0].idxs)
+    readers, producers, channelwise = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
+    for item in items.items:
+        target = item.dep.target
+        module, kind = target.module, target.type
+        computes = graph.is_out_channel_pruning_fn(item.dep.handler)
+        if kind == operations.OUTPUT:
+            raise _Unsuitable("its units are an output of the network")
+        if isinstance(module, nn.Parameter):
+            raise _Unsuitable("a parameter that belongs to no layer is combined with its units")
+        if module not in names:
+            continue  # an operation without parameters
+        path = names[module]
+        channels = _by_unit(item.idxs, item.root_idxs, size, path)
+        if kind in (operations.LINEAR, operations.CONV):
+            if getattr(module, "groups", 1) > 1:
+                raise _Unsuitable(f"{path} is a grouped convolution")
+            if module not in by_module:
+                raise _Unsuitable(f"{path} is not pruned")
+            layer = by_module[module]
+            if layer.aliases:
+                raise _Unsuitable(f"{path} is shared with {', '.join(alias.name for alias in layer.aliases)}")
+            if computes:
+                producers[path] = channels
+            else:
+                readers[layer.name] = channels
+        elif kind in (operations.BN, operations.DEPTHWISE_CONV, operations.PRELU, operations.IN):
+            channelwise[path] = channels
+        else:
+            raise _Unsuitable(f"{path} is a {type(module).__name__}, which does not process each unit on its own")
+    if not readers:
+        raise _Unsuitable("no layer reads its units")
+    if size < 2:
+        raise _Unsuitable("it has one unit")
+    order = {layer.name: i for i, layer in enumerate(by_module.values())}
+    readers = dict(sorted(readers.items(), key=lambda item: order[item[0]]))
+    name = next(name for name in names.values() if name in producers)
+    return UnitGroup(name, size, readers, producers, channelwise)
+
+
+def _by_unit(indices: Sequence[int], units: Sequence[int], size: int, path: str) -> Tensor:
+    """``(size, c)``: the channels of each unit."""
+    own: list[list[int]] = [[] for _ in range(size)]
+    for index, unit in zip(indices, units, strict=True):
+        own[unit].append(index)
+    if len({len(channels) for channels in own}) != 1:
+        raise _Unsuitable(f"{path} has different numbers of channels for its units")
+    return torch.tensor([sorted(channels) for channels in own])
+
+
+def rows_of_channels(layer: Layer, channels: Tensor) -> Tensor:
+    """``(..., b)``: the inputs of a layer that belong to ``(..., c)`` channels; a kernel has several for each."""
+    module: Any = layer.module
+    each = layer.inputs // (module.in_features if isinstance(module, nn.Linear) else module.in_channels)
+    return (channels.unsqueeze(-1) * each + torch.arange(each)).flatten(-2)
+
+
+def _check_separable(model: nn.Module, batch: CalibrationBatch, group: UnitGroup, layers: Mapping[str, Layer]) -> None:
+    """Check that units which no layer reads do not influence the output of the model.
+
+    The readers do not read every second unit; then the weights that compute these are changed. A softmax over the
+    units, for example, mixes them in a way that a dependency graph does not show.
+
+    Raises:
+        _Unsuitable: if the output changes.
+    """
+    dead = torch.arange(0, group.size, 2)
+    producers = {path: model.get_submodule(path) for path in group.producers}
+    trained = masking.clone(
+        model,
+        [
+            *(layers[name].parameter_names(bias=False)[0] for name in group.readers),
+            *(f"{path}.{key}" for path, module in producers.items() for key, _ in module.named_parameters()),
+        ],
+    )
+    try:
+        with evaluation_mode(model):
+            for name, channels in group.readers.items():
+                W = layers[name].to_matrix(layers[name].parameter.detach()).clone()
+                W[:, rows_of_channels(layers[name], channels[dead]).flatten()] = 0
+                masking.assign(model, {layers[name].parameter_names(bias=False)[0]: layers[name].from_matrix(W)})
+            before = outputs(model, batch)
+            for path, module in producers.items():
+                for key, parameter in module.named_parameters():
+                    changed = parameter.detach().clone()
+                    dim = 1 if key == "weight" and getattr(module, "transposed", False) else 0
+                    index = group.producers[path][dead].flatten().to(changed.device)
+                    changed.index_copy_(dim, index, 2 * changed.index_select(dim, index) + 0.1)
+                    masking.assign(model, {f"{path}.{key}": changed})
+            after = outputs(model, batch)
+    finally:
+        masking.assign(model, trained)
+    for first, second in zip(before, after, strict=True):
+        if first.is_floating_point() and not bool((first - second).norm() <= RTOL * first.norm()):
+            raise _Unsuitable("its units influence the output in other ways than through the layers that read them")

@@ -1,0 +1,147 @@
+"""Which units are kept: those without which the layers that read them change the network's output most."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_nettrim.calibration.batch import evaluation_mode
+from lightning_nettrim.core.problem import LayerProblem
+from lightning_nettrim.pruning.allocation.curves import ErrorCurve, MeasuredLayer
+from lightning_nettrim.pruning.budget import Budget
+from lightning_nettrim.pruning.layer import local_error
+from lightning_nettrim.pruning.layer_problem import layer_problem
+from lightning_nettrim.pruning.session import CalibrationSession
+from lightning_nettrim.pruning.units.groups import UnitGroup, rows_of_channels
+from lightning_nettrim.runtime.fingerprint import fingerprint
+from lightning_nettrim.solvers.elimination import Reader, eliminate
+
+FRACTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.22, 0.16, 0.11, 0.08, 0.05, 0.03, 0.02, 0.01)
+"""Fractions of a group's units at which the errors of its readers are measured."""
+
+REFERENCE = 0.5
+"""The fraction at which the effects of the readers on the output are measured."""
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredGroup:
+    """One group, of which units are removed alone.
+
+    Attributes:
+        readers: each reader, with its error as a function of the number of units, and its parameters with the REFERENCE
+            fraction of them.
+    """
+
+    readers: dict[str, MeasuredLayer]
+
+    @property
+    def curves(self) -> dict[str, ErrorCurve]:
+        """The error curve of each reader, by number of units."""
+        return {name: layer.curve for name, layer in self.readers.items()}
+
+
+def measure_group(session: CalibrationSession, group: UnitGroup) -> MeasuredGroup:
+    """The errors of the readers of a group as functions of its number of units; the model must be the trained one.
+
+    They are measured once per session, also over interrupted runs.
+    """
+    counts = sorted({max(1, round(fraction * group.size)) for fraction in FRACTIONS} - {group.size}, reverse=True)
+    reference = counts.index(min(counts, key=lambda count: abs(count - REFERENCE * group.size)))
+
+    def measure() -> tuple[dict[str, Tensor], dict[str, list[float]]]:
+        readers = _readers(session, group, {}, dict.fromkeys(group.readers, 1.0))
+        errors, values = dict[str, list[float]](), dict[str, Tensor]()
+        for i, stage in enumerate(eliminate(list(readers.values()), counts)):
+            for (name, reader), W in zip(readers.items(), stage.solutions, strict=True):
+                errors.setdefault(name, []).append(local_error(reader.problem, W))
+                if i == reference:
+                    values |= session.folded_layers[name].to_parameters(W)
+        return values, errors
+
+    key = fingerprint(session.fingerprint, group.name, group.size)
+    values, errors = session.run.cached(f"units-{group.name}", key, measure)
+    layers = {}
+    for name, own in errors.items():
+        curve = ErrorCurve((*reversed(counts), group.size), (*reversed(own), 0.0))
+        written = session.folded_layers[name].written_names
+        layers[name] = MeasuredLayer(curve, own[reference], {key: values[key] for key in written if key in values})
+    return MeasuredGroup(layers)
+
+
+def select_units(
+    session: CalibrationSession,
+    groups: Mapping[str, UnitGroup],
+    kept: Mapping[str, int],
+    effects: Mapping[str, float],
+) -> dict[str, Tensor]:
+    """The units to keep, ``{group: (size,) bool}``; the model must be the trained one.
+
+    The groups are treated from the output to the input, so that what computes removed units does not count.
+
+    Args:
+        session: the trained model with its calibration data.
+        groups: the groups of units.
+        kept: number of units of each.
+        effects: of the squared local error of each reader on the output.
+    """
+    order = {name: i for i, name in enumerate(session.plan.layers)}
+    masks: dict[str, Tensor] = {}
+    dead: dict[str, list[Tensor]] = {}
+    for name in sorted(groups, key=lambda name: -order[list(groups[name].readers)[-1]]):
+        group = groups[name]
+        session.run.progress.activity = f"selecting the units of {name}"
+        session.run.progress.report("selecting units", len(masks) / len(groups))
+        if kept[name] == group.size:
+            masks[name] = torch.ones(group.size, dtype=torch.bool)
+            continue
+        readers = _readers(session, group, dead, effects)
+        *_, stage = eliminate(list(readers.values()), _stages(group.size, kept[name]))
+        masks[name] = stage.kept.cpu()
+        for path, channels in group.producers.items():
+            dead.setdefault(path, []).append(channels[~masks[name]].flatten())
+    return masks
+
+
+def _stages(size: int, kept: int) -> list[int]:
+    """Numbers of units at which targets are updated: down to the given one, by an eighth of the units."""
+    steps = max(size // 8, 1)
+    return [*range(size - steps, kept, -steps), kept]
+
+
+def _readers(
+    session: CalibrationSession,
+    group: UnitGroup,
+    dead: Mapping[str, Sequence[Tensor]],
+    effects: Mapping[str, float],
+) -> dict[str, Reader]:
+    """The readers of a group on the activations of the model.
+
+    Args:
+        session: the trained model with its calibration data.
+        group: the group of units.
+        dead: outputs of modules that are not read.
+        effects: of the squared local error of each reader on the output.
+    """
+    readers = {}
+    for name, problem in _problems(session, list(group.readers)):
+        layer = session.plan.layers[name]
+        weights = problem.Y.new_ones(problem.Y.shape[-1], dtype=torch.float64)
+        if name in session.importance:
+            weights = session.importance[name].double().flatten().square()
+        for outputs in dead.get(layer.path, []):
+            weights = weights.index_fill(0, outputs.to(weights.device), 0)
+        energy = float(problem.processes.sum(problem.Y.double().square().sum())) or 1.0
+        rows = rows_of_channels(layer, group.readers[name]).to(problem.Y.device)
+        readers[name] = Reader(problem, rows, weights * effects[name] / energy)
+    return readers
+
+
+def _problems(session: CalibrationSession, names: Sequence[str]) -> Iterator[tuple[str, LayerProblem]]:
+    """The problems of layers on the activations of the model as it is."""
+    with evaluation_mode(session.model):
+        recordings = session.activations.record(*names, outputs=())
+    for name in names:
+        yield name, layer_problem(session, name, recordings.pop(name), Budget(sparsity=0.0), trained_inputs=True)

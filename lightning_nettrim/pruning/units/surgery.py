@@ -1,0 +1,85 @@
+"""Removal of channels from the modules of a network, by Torch-Pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+
+@dataclass(frozen=True)
+class RemovedChannels:
+    """The channels that one module loses.
+
+    Attributes:
+        inputs: indices of input channels.
+        outputs: indices of output channels.
+    """
+
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+
+
+def num_channels(module: nn.Module) -> tuple[int, int]:
+    """Number of input and of output channels of a module."""
+    pruner = _pruner(module)
+    return int(pruner.get_in_channels(module) or 1), int(pruner.get_out_channels(module) or 1)
+
+
+def remove_channels(module: nn.Module, removed: RemovedChannels) -> None:
+    """Remove channels from a module in place; it gets new, smaller parameters.
+
+    Args:
+        module: a linear layer, a convolution, or a module that processes channels one by one, as a BatchNorm.
+        removed: its channels.
+
+    Raises:
+        ValueError: for channels that it does not have.
+    """
+    for indices, total in zip((removed.inputs, removed.outputs), num_channels(module), strict=True):
+        if indices and not 0 <= min(indices) <= max(indices) < total:
+            raise ValueError(
+                f"expected channels of a {type(module).__name__} with {total}, got {max(indices)}: use the file of this"
+                " network"
+            )
+    pruner = _pruner(module)
+    if removed.outputs:
+        pruner.prune_out_channels(module, list(removed.outputs))
+    if removed.inputs:
+        pruner.prune_in_channels(module, list(removed.inputs))
+
+
+@contextmanager
+def without_channels(model: nn.Module, removed: Mapping[str, RemovedChannels]) -> Iterator[None]:
+    """A `with` in which some modules have fewer channels; the same parameters are in their places again afterwards.
+
+    Args:
+        model: the model.
+        removed: ``{module: channels}``.
+    """
+    modules = {path: model.get_submodule(path) for path in removed}
+    before = {path: _attributes(module) for path, module in modules.items()}
+    try:
+        for path, module in modules.items():
+            remove_channels(module, removed[path])
+        yield
+    finally:
+        for path, module in modules.items():
+            vars(module).clear()
+            vars(module).update(before[path])
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """The attributes of a module, with copies of the dictionaries of its parameters and buffers."""
+    own = vars(module)
+    return own | {key: type(own[key])(own[key]) for key in ("_parameters", "_buffers")}
+
+
+def _pruner(module: nn.Module) -> Any:
+    """Torch-Pruning's functions for the class of a module."""
+    import torch_pruning
+
+    return torch_pruning.pruner.function.PrunerBox[torch_pruning.ops.module2type(module)]
