@@ -47,6 +47,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp sparsegpt": ("mlp", {"sparsity": 0.5, "allocate": "uniform", "solver": SparseGPT(), "refit": False}),
     "mlp max_drop": ("mlp", {"max_drop": 0.05, "mode": "min", "allocate": "uniform"}),
     "conv sparsity": ("conv", {"sparsity": 0.5, "allocate": "uniform"}),
+    "mlp units": ("mlp", {"sparsity": 0.5, "pattern": "units"}),
+    "conv units": ("conv", {"macs": 0.5, "pattern": "units"}),
     "conv epsilon": ("conv", {"epsilon": 0.2, "solver": ADMM(rtol=1e-2, atol=1e-2)}),
 }
 

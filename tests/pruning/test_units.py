@@ -79,6 +79,28 @@ class AddedParameter(nn.Module):
         return x + self.shift
 
 
+class Attention(nn.Module):
+    """Attention with such small weights that all tokens get nearly the same."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(16, 16, bias=False) for _ in range(3))
+        for layer in (self.q, self.k):
+            nn.init.normal_(layer.weight, std=1e-3)
+
+    def forward(self, x):
+        weights = (self.q(x) @ self.k(x).mT).softmax(-1)
+        return weights @ self.v(x)
+
+
+def test_what_an_attention_score_is_computed_of_is_left_alone():
+    torch.manual_seed(0)
+    model = Mixing(Attention())
+    groups, skipped = groups_of(model, torch.randn(4, 6, 20))
+    assert list(groups) == ["first"]
+    assert any("influence the output in other ways" in reason for reason in skipped.values())
+
+
 @pytest.mark.parametrize(
     ("mix", "reason"),
     [
