@@ -231,6 +231,11 @@ class PruningConfig:
             expected = "one of sparsity, macs, parameters and max_drop"
             got = " and ".join(f"{name}={value}" for name, value in given.items())
             raise ValueError(f"pattern 'units': expected {expected}, got {got}: choose one")
+        if self.allocate != "global":
+            raise ValueError(
+                f"allocate: expected 'global' with the pattern 'units', got {self.allocate!r}: units are removed where"
+                " that changes the network's output least"
+            )
         for name in ("solver", "per_layer"):
             if (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name}: expected none with the pattern 'units', got {value!r}: leave it out")

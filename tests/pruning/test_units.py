@@ -126,6 +126,14 @@ def test_units_of_a_grouped_convolution_are_left_alone():
     assert "1 is a grouped convolution" in skipped["0"]
 
 
+def test_units_that_no_known_layer_computes_are_left_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(144, 2)).eval()
+    groups, skipped = groups_of(model, torch.randn(2, 3, 8, 8))
+    assert list(groups) == ["1"]
+    assert skipped["0"] == "no layer that can be pruned computes its units"
+
+
 def test_layers_that_the_user_ignores_keep_their_units():
     model, x = network("chain")
     with pytest.raises(ValueError, match="got none .*2: 2 is not pruned; 0: 2 is not pruned"):
@@ -292,6 +300,7 @@ def test_without_torch_pruning_it_is_named(monkeypatch):
         ({"macs": 0.5, "sparsity": 0.5}, "got macs=0.5 and sparsity=0.5: choose one"),
         ({"epsilon": 0.5}, "expected one of sparsity, macs, parameters and max_drop, got epsilon=0.5"),
         ({"macs": 0.5, "per_layer": {"0": {"sparsity": 0.5}}}, "per_layer: expected none with the pattern 'units'"),
+        ({"macs": 0.5, "allocate": "uniform"}, "allocate: expected 'global' with the pattern 'units', got 'uniform'"),
         ({"macs": 0.5, "round_to": 0}, "round_to: expected at least 1, got 0"),
         ({"macs": 0.5, "pattern": "2:4"}, "macs: expected the pattern 'units', got macs=0.5"),
         ({"sparsity": 0.5, "round_to": 8, "pattern": "neuron"}, "round_to: expected the pattern 'units'"),

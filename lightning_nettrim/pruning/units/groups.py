@@ -116,6 +116,8 @@ def _group(items: Any, graph: Any, by_module: Mapping[nn.Module, Layer], names: 
             raise _Unsuitable(f"{path} is a {type(module).__name__}, which does not process each unit on its own")
     if not readers:
         raise _Unsuitable("no layer reads its units")
+    if not producers:
+        raise _Unsuitable("no layer that can be pruned computes its units")
     if size < 2:
         raise _Unsuitable("it has one unit")
     order = {layer.name: i for i, layer in enumerate(by_module.values())}
