@@ -14,8 +14,6 @@ OPTIONAL = {
     "cli/__init__.py: lightning_nettrim.cli.lightning_cli",
     "compaction/compact.py: torch.utils.benchmark",  # its import logs a message
     "pruning/units/graph.py: torch_pruning",
-    "pruning/units/groups.py: torch_pruning",
-    "pruning/units/surgery.py: torch_pruning",
 }
 MODULES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 FILES = {

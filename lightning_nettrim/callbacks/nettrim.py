@@ -21,13 +21,7 @@ from lightning_nettrim.callbacks.lightning_package import fitting
 from lightning_nettrim.callbacks.monitoring import check_monitor, monitored_value
 from lightning_nettrim.callbacks.progress_bar import shown_progress
 from lightning_nettrim.callbacks.pruned_masks import PrunedMasks
-from lightning_nettrim.callbacks.publishing import (
-    publish,
-    publish_compaction,
-    publish_histograms,
-    show_plan,
-    warn_of_dense,
-)
+from lightning_nettrim.callbacks.publishing import publish, publish_histograms, show_plan, warn_of_dense
 from lightning_nettrim.callbacks.steps import LoadedBatch
 from lightning_nettrim.callbacks.strategy import check_strategy
 from lightning_nettrim.callbacks.trainer_pruning import TrainerPruning, processes_of
@@ -479,6 +473,5 @@ class NetTrim(Callback):
             "checkpoint": self.checkpoint,
         }
         folder = self.folder if self.save else None
-        publish(trainer, self.result, self.metrics, self.config, arguments, folder)
-        if self.config.budget.pattern.selects_units and trainer.is_global_zero:
-            publish_compaction(trainer, self._trainer_pruning.report_compaction, folder)
+        compaction = self._trainer_pruning.report_compaction if self.config.budget.pattern.selects_units else None
+        publish(trainer, self.result, self.metrics, self.config, arguments, folder, compaction)

@@ -40,6 +40,7 @@ def publish(
     config: PruningConfig,
     arguments: Mapping[str, Any],
     folder: Path | None,
+    report_compaction: Callable[[pl.LightningModule], CompactionReport] | None = None,
 ) -> None:
     """Write scalars and tables to the loggers, the table to the console, the checkpoint and the report to files.
 
@@ -50,6 +51,7 @@ def publish(
         config: the options of pruning.
         arguments: further arguments of the callback, for the report.
         folder: of the files; ``None`` writes none.
+        report_compaction: measures what the network without its unread units saves; ``None`` for other patterns.
     """
     sides = (metrics.get("dense", {}), metrics.get("pruned", {}))
     compared = comparison(*sides) if all(sides) else ""
@@ -62,6 +64,9 @@ def publish(
             _write_trials(logger.experiment, result, str(arguments["monitor"]))  # type: ignore[attr-defined]
         logger.save()
     trainer.print("\n".join(["", result.table(), *([""] if compared else []), compared]).rstrip())
+    compaction = None
+    if report_compaction is not None and trainer.is_global_zero:
+        compaction = _publish_compaction(trainer, report_compaction)
     if folder is None:
         return
     trainer.save_checkpoint(folder / "pruned.ckpt", weights_only=False)
@@ -71,39 +76,34 @@ def publish(
             result, metrics, _arguments(config) | dict(arguments), {name: version(name) for name in PACKAGES}
         )
         write_atomically(folder / "report.json", f"{json.dumps(content, indent=2, allow_nan=False)}\n".encode())
+        if compaction is not None:
+            save_without_channels(trainer.lightning_module, compaction.removed, folder / "compact.safetensors")
         remove_entries(folder / "layers", result.reused)
         remove(folder / "dense.ckpt")
         release(folder)
         _upload(trainer, folder)
-    trainer.print(f"\nNetTrim: wrote {folder / 'pruned.ckpt'} and report.json beside it")
+    beside = "report.json" if compaction is None else "report.json and compact.safetensors"
+    trainer.print(f"\nNetTrim: wrote {folder / 'pruned.ckpt'} and {beside} beside it")
 
 
-def publish_compaction(
-    trainer: pl.Trainer, report: Callable[[pl.LightningModule], CompactionReport], folder: Path | None
-) -> None:
-    """Print what the network without its unread units saves, log it, and write that network to a file.
-
-    Args:
-        trainer: of the pruned network.
-        report: measures it; if it fails, there is a warning in place of a report.
-        folder: of the file ``compact.safetensors``; ``None`` writes none.
-    """
+def _publish_compaction(
+    trainer: pl.Trainer, report: Callable[[pl.LightningModule], CompactionReport]
+) -> CompactionReport | None:
+    """Print and log what the network without its unread units saves; warn and return ``None`` if that fails."""
     try:
         found = report(trainer.lightning_module)
     except Exception as error:  # of any kind, from the forward pass of another module
         rank_zero_warn(f"NetTrim: the pruned network was not made compact: {type(error).__name__}: {error}")
-        return
+        return None
     trainer.print(f"\n{found.table()}")
     scalars = {
-        f"nettrim/{side}/{name}": value
+        f"nettrim/{side}/{name.replace(' ', '_')}": value
         for side, size in (("all_units", found.before), ("compact", found.after))
         for name, value in size.numbers().items()
     }
     for logger in trainer.loggers:
         logger.log_metrics(scalars, trainer.global_step)
-    if folder is not None:
-        save_without_channels(trainer.lightning_module, found.removed, folder / "compact.safetensors")
-        trainer.print(f"\nNetTrim: wrote {folder / 'compact.safetensors'}, for load_compact")
+    return found
 
 
 def _upload(trainer: pl.Trainer, folder: Path) -> None:

@@ -17,10 +17,8 @@ from lightning_nettrim.compaction.files import save_compact
 from lightning_nettrim.compaction.unread import find_unread
 from lightning_nettrim.pruning.results import aligned
 from lightning_nettrim.pruning.units.costs import count_macs
+from lightning_nettrim.pruning.units.graph import TRACED_INPUTS
 from lightning_nettrim.pruning.units.surgery import RemovedChannels, without_channels
-
-TRACED_INPUTS = 2
-"""Inputs of the example on which the network is traced."""
 
 MIN_SECONDS = 0.3
 """Time of a measurement of the latency, of which the median run counts."""

@@ -75,7 +75,10 @@ def load_compact(model: M, path: str | Path) -> M:
             f"load_compact: expected a file of a compact network, got {path} without removed channels: write it by"
             " CompactResult.save"
         )
-    removed = {name: RemovedChannels(*map(tuple, channels.values())) for name, channels in json.loads(metadata).items()}
+    removed = {
+        name: RemovedChannels(**{side: tuple(indices) for side, indices in channels.items()})
+        for name, channels in json.loads(metadata).items()
+    }
     compacted = _compacted_modules(model, removed, path)
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for module_path, module in compacted.items():

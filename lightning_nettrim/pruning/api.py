@@ -17,7 +17,7 @@ from lightning_nettrim.core.precision import matmul_precision
 from lightning_nettrim.layers import check_model
 from lightning_nettrim.pruning.allocation.base import Allocation
 from lightning_nettrim.pruning.allocation.named import allocate as allocate_budgets
-from lightning_nettrim.pruning.budget import Budget, Options
+from lightning_nettrim.pruning.budget import Options
 from lightning_nettrim.pruning.config import PruningConfig
 from lightning_nettrim.pruning.from_file import WeightFiles, prune_from_files
 from lightning_nettrim.pruning.layer import prune_layer
@@ -26,9 +26,8 @@ from lightning_nettrim.pruning.pruner import prune_network
 from lightning_nettrim.pruning.recovery import Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, Trial
 from lightning_nettrim.pruning.search import prune_within_drop
-from lightning_nettrim.pruning.session import CalibrationSession
 from lightning_nettrim.pruning.session_setup import CalibrationSource, calibrate
-from lightning_nettrim.pruning.units.allocation import allocate_units, session_groups
+from lightning_nettrim.pruning.units.allocation import session_groups
 from lightning_nettrim.runtime.distributed import ProcessGroup
 from lightning_nettrim.runtime.memory import GIB
 from lightning_nettrim.runtime.progress import Progress
@@ -231,7 +230,7 @@ def prune_model(
     with session.restored_on_error():
         if metric is None:
             session.run.progress.activity = "determining budgets"
-            budgets = _budgets(session)
+            budgets = allocate_budgets(session, config.sparsity)
             result = PruningResult.of_dry_run(session.plan.skipped)
             if not dry_run:
                 result, session = prune_network(session, budgets, on_layer)
@@ -246,13 +245,6 @@ def prune_model(
         note = f"{store.used} results are those of an interrupted run"
         result = replace(result, notes=(*result.notes, note), reused=tuple(store.reused))
     return replace(result, seconds=time.perf_counter() - start, peak_memory=meter.peak / GIB)
-
-
-def _budgets(session: CalibrationSession) -> dict[str, Budget]:
-    """The budget of every layer that the options define, without a search."""
-    if session.config.budget.pattern.selects_units:
-        return allocate_units(session, *session.config.unit_budget)
-    return allocate_budgets(session, session.config.sparsity)
 
 
 @matmul_precision("highest")

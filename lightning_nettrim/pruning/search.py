@@ -14,7 +14,6 @@ from lightning_nettrim.pruning.plan_file import plan_to_yaml
 from lightning_nettrim.pruning.pruner import prune_network
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, Trial
 from lightning_nettrim.pruning.session import CalibrationSession
-from lightning_nettrim.pruning.units.allocation import allocate_units
 
 MIN_DENSITY, MAX_DENSITY, FIRST_DENSITY = 0.002, 0.5, 0.1
 """Range of the search, if the bounds of the layers allow it, and the density of its first trial."""
@@ -59,7 +58,7 @@ def prune_within_drop(
 
     def evaluate(sparsity: float) -> Trial:
         nonlocal best, session
-        budgets = allocate_units(session, "units", 1 - sparsity) if units else allocate(session, sparsity)
+        budgets = allocate(session, sparsity)
         result, session = prune_network(session, budgets, label=f"{sparsity:.4f}@")
         value = mean(metric())
         trial = Trial(sparsity, value, used(value) <= 1)

@@ -149,7 +149,7 @@ class Cardinality(Solver):
         scale, _, _, regression, free_inverse, rare_ridge = spectrum
         unscale = torch.where(scale > 0, 1 / scale, 0)
         parts = _row_parts(problem, self.row_parts)
-        products = [_target_product(problem, part, problem.W) for part in parts]
+        products = [target_product(problem, part, problem.W) for part in parts]
         total = torch.stack(products).sum(0)  # XᵀT
         W = scale * problem.W[:, rows]
         trained = (problem.ridge + rare_ridge) * W
@@ -177,7 +177,7 @@ class Cardinality(Solver):
                 if problem.Omega is not None:
                     part = step % len(parts)
                     full_W = complete(W, total[:, free])
-                    product = _target_product(problem, parts[part], full_W, RELAXATION)  # T-update
+                    product = target_product(problem, parts[part], full_W, RELAXATION)  # T-update
                     total += product - products[part]
                     products[part] = product
             final = torch.where(settled, final[0], S), torch.where(settled, final[1], total[:, free])
@@ -289,7 +289,7 @@ def _row_parts(problem: LayerProblem, parts: int) -> list[slice]:
     return [slice(min(i * size, P), min((i + 1) * size, P)) for i in range(count)]
 
 
-def _target_product(problem: LayerProblem, rows: slice, W: Tensor, relaxation: float = 1.0) -> Tensor:
+def target_product(problem: LayerProblem, rows: slice, W: Tensor, relaxation: float = 1.0) -> Tensor:
     """``(B, N, M)``: Xᵀ(XW + relaxation·(T − XW)) of some rows, where T is the point of K nearest to XW."""
     part = select_rows(problem, rows)
     if part.Omega is None:

@@ -10,15 +10,12 @@ from torch import Tensor
 
 from lightning_nettrim.core.precision import matmul_precision
 from lightning_nettrim.core.problem import LayerProblem
-from lightning_nettrim.core.prox import project_responses
-from lightning_nettrim.core.streaming import gram, row_blocks
+from lightning_nettrim.core.streaming import gram
+from lightning_nettrim.solvers.cardinality import RELAXATION, target_product
 from lightning_nettrim.solvers.refitting import DAMPING, rare_input_ridge
 
 PART = 64
 """At most one PARTth of the remaining units is removed between two evaluations of the increases."""
-
-RELAXATION = 1.8
-"""Over-relaxation of the targets of a ReLU, as in `Cardinality`."""
 
 TARGET_UPDATES = 3
 """Updates of the targets of a ReLU after the removals of a stage."""
@@ -98,26 +95,24 @@ def without_inputs(problem: LayerProblem, removed: Tensor) -> Tensor:
         removed: ``(n,)`` indices of inputs.
     """
     kept = torch.ones(problem.X.shape[-1], dtype=torch.bool, device=removed.device).index_fill(0, removed, False)
-    inputs = kept.nonzero().squeeze(-1)
-    start = torch.where(kept.unsqueeze(-1), problem.W, 0)
-    narrow = replace(
-        problem,
-        X=problem.X[..., inputs.to(problem.X.device)],
-        W=problem.W[:, inputs],
-        penalty=None if problem.penalty is None else problem.penalty[inputs],
-    )
-    state = _State(Reader(narrow, removed.new_zeros(0, 1), problem.Y.new_ones(problem.Y.shape[-1])))
+    no_units = Reader(problem, removed.new_zeros(0, 1), problem.Y.new_ones(problem.Y.shape[-1]))
+    state = _State(no_units, kept.nonzero().squeeze(-1))
     state.update_targets(4 * TARGET_UPDATES)
-    return start.index_copy(1, inputs, state.solution)
+    return state.solution
 
 
 class _State:
-    """A reader during the elimination: W and B = (XᵀX + λ)⁻¹ of the inputs that are left, in float64."""
+    """A reader during the elimination: W and B = (XᵀX + λ)⁻¹ of the inputs that are left, in float64.
 
-    def __init__(self, reader: Reader) -> None:
+    Args:
+        reader: the reader.
+        inputs: indices of the inputs at the beginning; ``None`` is all.
+    """
+
+    def __init__(self, reader: Reader, inputs: Tensor | None = None) -> None:
         problem = replace(reader.problem, X=reader.problem.X.to(reader.problem.Y.device))
         self._problem, self._weights, self._positions = problem, reader.weights.double(), reader.rows
-        self._inputs = torch.arange(problem.X.shape[-1], device=problem.Y.device)
+        self._inputs = torch.arange(problem.X.shape[-1], device=problem.Y.device) if inputs is None else inputs
         self._units = torch.arange(len(reader.rows), device=problem.Y.device)
         H = gram(problem)[0]
         energy = H.diagonal().clone().unsqueeze(-1)
@@ -125,8 +120,9 @@ class _State:
         self._ridge = torch.where(problem.lambdas > 0, ridge, 0)
         damping = DAMPING * energy.mean().clamp(min=torch.finfo(torch.float32).tiny)
         H.diagonal().add_(self._ridge.squeeze(-1) + damping)
+        H = H[self._inputs][:, self._inputs]
         self._B = torch.cholesky_inverse(torch.linalg.cholesky(H))
-        self._W = problem.W[0].double()
+        self._W = problem.W[0, self._inputs].double()
         self._fit(1.0)
 
     @property
@@ -171,13 +167,5 @@ class _State:
 
     def _fit(self, relaxation: float) -> None:
         """The optimal weights for the target XW + relaxation·(T − XW), where T is the point of K nearest to XW."""
-        total, W = torch.zeros_like(self._W), self.solution
-        for _, part in row_blocks(self._problem):
-            if part.Omega is None:
-                T = part.center
-            else:
-                XW = part.X @ W
-                T = XW.lerp(project_responses(part, XW), relaxation)
-            total += (part.X.mT @ T)[0, self._inputs]
-        total = self._problem.processes.sum(total)
-        self._W = self._B @ (total + self._ridge[self._inputs] * self._problem.W[0, self._inputs])
+        product = target_product(self._problem, slice(None), self.solution, relaxation)[0, self._inputs].double()
+        self._W = self._B @ (product + self._ridge[self._inputs] * self._problem.W[0, self._inputs])

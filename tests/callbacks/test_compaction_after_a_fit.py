@@ -63,6 +63,16 @@ def test_a_failure_of_compaction_is_a_warning(tmp_path, monkeypatch):
     assert not (callback.folder / "compact.safetensors").exists()
 
 
+def test_the_compact_network_is_written_before_files_are_uploaded(tmp_path, monkeypatch):
+    uploaded = []
+    monkeypatch.setattr(
+        "lightning_nettrim.callbacks.publishing._upload",
+        lambda trainer, folder: uploaded.extend(path.name for path in folder.iterdir()),
+    )
+    make_trainer(tmp_path, NetTrim(pattern="units", sparsity=0.5)).fit(Net(), train_data(), val_data())
+    assert {"pruned.ckpt", "report.json", "compact.safetensors"} <= set(uploaded)
+
+
 class NothingToRemove(Net):
     """A network whose hidden units are normalized together."""
 

@@ -54,6 +54,14 @@ def test_the_parameters_of_the_model_are_the_same_objects_afterwards():
     assert {name: id(tensor) for name, tensor in [*model.named_parameters(), *model.named_buffers()]} == before
 
 
+def test_frozen_parameters_stay_frozen():
+    model, x = with_unread_units("residual")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("bn" not in name)
+    result = compact(model, x, batch_sizes=())
+    assert all(p.requires_grad == ("bn" not in name) for name, p in result.model.named_parameters())
+
+
 def test_a_network_without_unread_units_stays_as_it_is():
     model, x = network("chain", 8)
     result = compact(model, x)

@@ -37,11 +37,15 @@ class GlobalAllocation(Allocation):
         layers = dict(measure_layers(session, list(sizes)))
         curves, effects = {name: layer.curve for name, layer in layers.items()}, measure_effects(session, layers)
         if session.config.scheme == "cascade":
-            last = max(len(effects) - 1, 1)
-            factors = (math.exp(self.compensation * i / last) for i in range(len(effects)))
-            effects = {name: effects[name] * factor for name, factor in zip(effects, factors, strict=True)}
+            effects = with_compensation(effects, self.compensation)
         kept = kept_by_effect(curves, effects, kept_in_total(sizes, sparsity), session.kept_bounds())
         return session.budgets_keeping(kept)
+
+
+def with_compensation(effects: Mapping[str, float], compensation: float) -> dict[str, float]:
+    """Effects of layers in order of execution, each times a factor that grows to exp(compensation) at the last."""
+    last = max(len(effects) - 1, 1)
+    return {name: effect * math.exp(compensation * i / last) for i, (name, effect) in enumerate(effects.items())}
 
 
 def kept_by_effect(

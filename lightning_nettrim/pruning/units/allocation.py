@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -12,9 +11,11 @@ from torch import Tensor
 from lightning_nettrim.calibration.batch import CalibrationBatch
 from lightning_nettrim.pruning.allocation.curves import ErrorCurve, MeasuredLayer
 from lightning_nettrim.pruning.allocation.effects import measure_effects
+from lightning_nettrim.pruning.allocation.network_error import GlobalAllocation, with_compensation
 from lightning_nettrim.pruning.budget import Budget
 from lightning_nettrim.pruning.session import CalibrationSession
 from lightning_nettrim.pruning.units.costs import UnitCosts
+from lightning_nettrim.pruning.units.graph import TRACED_INPUTS
 from lightning_nettrim.pruning.units.groups import UnitGroup, find_groups, rows_of_channels
 from lightning_nettrim.pruning.units.selection import measure_group, select_units
 from lightning_nettrim.runtime.sharded import is_sharded
@@ -25,16 +26,13 @@ STEPS = 64
 FEWER = 1, 2, 4, 8
 """Numbers of these steps that are compared, as the loss is not convex."""
 
-TRACED_INPUTS = 2
-"""Inputs of the batch on which the network is traced."""
-
 
 def allocate_units(session: CalibrationSession, measure: str, fraction: float) -> dict[str, Budget]:
     """The budget of every layer, with the inputs that it no longer reads.
 
     Args:
         session: the trained model with its calibration data.
-        measure: what is limited, one of `costs.MEASURES`.
+        measure: what is limited: ``units``, ``parameters`` or ``macs``.
         fraction: of the trained network's that is left at most.
 
     Raises:
@@ -53,8 +51,8 @@ def allocate_units(session: CalibrationSession, measure: str, fraction: float) -
         curves[name] = measured.curves
         readers |= {reader: layer for reader, layer in measured.readers.items() if reader not in readers}
     effects = measure_effects(session, {name: readers[name] for name in session.plan.layers if name in readers})
-    last = max(len(effects) - 1, 1)
-    effects = {name: effect * math.exp(i / last) for i, (name, effect) in enumerate(effects.items())}
+    if session.config.scheme == "cascade":
+        effects = with_compensation(effects, GlobalAllocation().compensation)
     kept = keep_within(costs, curves, effects, (measure, fraction), session.config.round_to)
     session.run.notes.append(_summary(costs, kept))
     return _budgets(session, groups, select_units(session, groups, kept, effects))

@@ -15,9 +15,6 @@ from lightning_nettrim.calibration.nested import count_inputs
 from lightning_nettrim.pruning.units.groups import UnitGroup
 from lightning_nettrim.pruning.units.surgery import num_channels
 
-MEASURES = ("units", "parameters", "macs")
-"""What a budget can limit."""
-
 
 @dataclass(frozen=True)
 class ModuleCost:

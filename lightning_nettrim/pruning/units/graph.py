@@ -14,6 +14,24 @@ from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mod
 from lightning_nettrim.calibration.nested import tensors_of
 from lightning_nettrim.calibration.network_output import find_output
 
+TRACED_INPUTS = 2
+"""Inputs of the batch on which a network is traced."""
+
+
+def torch_pruning_package() -> Any:
+    """The package of the optional extra.
+
+    Raises:
+        ModuleNotFoundError: if it is not installed.
+    """
+    try:
+        import torch_pruning
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "expected the package torch-pruning for whole units, got none: pip install lightning_nettrim[compact]"
+        ) from error
+    return torch_pruning
+
 
 def dependency_graph(model: nn.Module, batch: CalibrationBatch) -> Any:
     """The `torch_pruning.DependencyGraph` of a model, traced on a batch; the model is not changed.
@@ -26,13 +44,7 @@ def dependency_graph(model: nn.Module, batch: CalibrationBatch) -> Any:
         ModuleNotFoundError: without the package torch-pruning.
         ValueError: if the forward pass cannot be traced.
     """
-    try:
-        import torch_pruning
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "pattern 'units': expected the package torch-pruning, got none: pip install lightning_nettrim[compact]"
-        ) from error
-    graph = torch_pruning.DependencyGraph()
+    graph = torch_pruning_package().DependencyGraph()
     with evaluation_mode(model), torch.enable_grad(), _requiring_gradients(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

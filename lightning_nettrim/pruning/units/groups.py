@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
 from lightning_nettrim.layers import Layer, masking
-from lightning_nettrim.pruning.units.graph import dependency_graph, outputs
+from lightning_nettrim.pruning.units.graph import dependency_graph, outputs, torch_pruning_package
 
 ROUNDING = 8
 """Relative change of the output, in units of its precision, up to which unread units do not influence it.
@@ -81,9 +81,7 @@ class _Unsuitable(Exception):
 
 def _group(items: Any, graph: Any, by_module: Mapping[nn.Module, Layer], names: Mapping[nn.Module, str]) -> UnitGroup:
     """The group of Torch-Pruning's items."""
-    import torch_pruning
-
-    operations = torch_pruning.ops.OPTYPE
+    operations = torch_pruning_package().ops.OPTYPE
     size = len(items[0].idxs)
     readers, producers, channelwise = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for item in items.items:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_nettrim.calibration.batch import evaluation_mode
-from lightning_nettrim.core.problem import LayerProblem
 from lightning_nettrim.pruning.allocation.curves import ErrorCurve, MeasuredLayer
 from lightning_nettrim.pruning.budget import Budget
 from lightning_nettrim.pruning.layer import local_error
@@ -126,7 +125,10 @@ def _readers(
         effects: of the squared local error of each reader on the output.
     """
     readers = {}
-    for name, problem in _problems(session, list(group.readers)):
+    with evaluation_mode(session.model):
+        recordings = session.activations.record(*group.readers, outputs=())
+    for name in group.readers:
+        problem = layer_problem(session, name, recordings.pop(name), Budget(sparsity=0.0), trained_inputs=True)
         layer = session.plan.layers[name]
         weights = problem.Y.new_ones(problem.Y.shape[-1], dtype=torch.float64)
         if name in session.importance:
@@ -137,11 +139,3 @@ def _readers(
         rows = rows_of_channels(layer, group.readers[name]).to(problem.Y.device)
         readers[name] = Reader(problem, rows, weights * effects[name] / energy)
     return readers
-
-
-def _problems(session: CalibrationSession, names: Sequence[str]) -> Iterator[tuple[str, LayerProblem]]:
-    """The problems of layers on the activations of the model as it is."""
-    with evaluation_mode(session.model):
-        recordings = session.activations.record(*names, outputs=())
-    for name in names:
-        yield name, layer_problem(session, name, recordings.pop(name), Budget(sparsity=0.0), trained_inputs=True)

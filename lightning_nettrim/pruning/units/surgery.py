@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from lightning_nettrim.pruning.units.graph import torch_pruning_package
+
 
 @dataclass(frozen=True)
 class RemovedChannels:
@@ -46,10 +48,13 @@ def remove_channels(module: nn.Module, removed: RemovedChannels) -> None:
                 " network"
             )
     pruner = _pruner(module)
+    requires_grad = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     if removed.outputs:
         pruner.prune_out_channels(module, list(removed.outputs))
     if removed.inputs:
         pruner.prune_in_channels(module, list(removed.inputs))
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(requires_grad[name])
 
 
 @contextmanager
@@ -80,6 +85,5 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 def _pruner(module: nn.Module) -> Any:
     """Torch-Pruning's functions for the class of a module."""
-    import torch_pruning
-
-    return torch_pruning.pruner.function.PrunerBox[torch_pruning.ops.module2type(module)]
+    package = torch_pruning_package()
+    return package.pruner.function.PrunerBox[package.ops.module2type(module)]
