@@ -7,15 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EarlyStopping,
-    EMAWeightAveraging,
     LearningRateFinder,
     ModelCheckpoint,
     ModelPruning,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from trainers import (
@@ -44,12 +43,19 @@ pytestmark = [
 ]
 
 
+def averaging(name, **options):
+    """A callback that old versions of Lightning do not have."""
+    if not hasattr(lightning_callbacks, name):
+        pytest.skip(f"this version of Lightning has no {name}")
+    return getattr(lightning_callbacks, name)(**options)
+
+
 def ema():
-    return EMAWeightAveraging(decay=0.8)
+    return averaging("EMAWeightAveraging", decay=0.8)
 
 
 def average():
-    return WeightAveraging(avg_fn=lambda old, new, count: 0.5 * old + 0.5 * new)
+    return averaging("WeightAveraging", avg_fn=lambda old, new, count: 0.5 * old + 0.5 * new)
 
 
 def swa():
