@@ -1,6 +1,6 @@
 """Prune a trained network without retraining it: Net-Trim for PyTorch Lightning."""
 
-from lightning_nettrim.callbacks import NetTrim
+from lightning_nettrim.callbacks import CoresetPruning, NetTrim
 from lightning_nettrim.compaction import CompactionReport, CompactResult, compact, load_compact
 from lightning_nettrim.core.pattern import (
     Blocks,
@@ -26,6 +26,9 @@ from lightning_nettrim.pruning.recovery import Distillation, Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, SkippedLayer, Trial
 from lightning_nettrim.pruning.session import CalibrationSession
 from lightning_nettrim.pruning.session_setup import CalibrationSource
+from lightning_nettrim.pruning.units.base import UnitSelection
+from lightning_nettrim.pruning.units.coreset import Coreset
+from lightning_nettrim.pruning.units.elimination import Elimination
 from lightning_nettrim.solvers import (
     ADMM,
     Cardinality,
@@ -52,7 +55,10 @@ __all__ = [
     "Cardinality",
     "CompactResult",
     "CompactionReport",
+    "Coreset",
+    "CoresetPruning",
     "Distillation",
+    "Elimination",
     "EpsilonAllocation",
     "GlobalAllocation",
     "Layer",
@@ -76,6 +82,7 @@ __all__ = [
     "Status",
     "Trial",
     "UniformAllocation",
+    "UnitSelection",
     "Units",
     "Unstructured",
     "Wanda",

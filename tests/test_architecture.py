@@ -12,7 +12,7 @@ KNOWS_NOTHING_OF = {"layers": "solvers", "calibration": "solvers"}
 ABOVE_ALL = {"__init__", "__main__", "pytorch_lightning", "testing"}
 OPTIONAL = {
     "cli/__init__.py: lightning_nettrim.cli.lightning_cli",
-    "compaction/compact.py: torch.utils.benchmark",  # its import logs a message
+    "pruning/units/latency.py: torch.utils.benchmark",  # its import logs a message
     "pruning/units/graph.py: torch_pruning",
 }
 MODULES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}

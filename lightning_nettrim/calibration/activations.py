@@ -78,6 +78,14 @@ class Activations:
         """
         return self.folded_layers[name].input_rows(self._finite(name, recording.X))
 
+    def outputs(self, name: str, recording: Recording) -> Tensor:
+        """``(P, groups·M)``: recorded outputs of a layer.
+
+        Raises:
+            ValueError: for NaN and Inf.
+        """
+        return self._finite(name, recording.Z)
+
     def offset(self, name: str, recording: Recording) -> Tensor | None:
         """``(groups, P or 1, M)``: what is added to the products of a layer."""
         return self.folded_layers[name].offset(None if recording.R is None else self._finite(name, recording.R))

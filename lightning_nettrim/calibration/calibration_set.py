@@ -56,6 +56,10 @@ class CalibrationSet(Sequence[CalibrationBatch]):
         reuse = nullcontext if self.cache is None else partial(self.cache.reused, stored)
         return CalibrationBatch(stored.load(), self._forward, seed=index, reuse=reuse)
 
+    def without_cache(self) -> CalibrationSet:
+        """The same batches, in whose forward passes every layer runs."""
+        return CalibrationSet(self._batches, self.inputs, self._forward, self._processes)
+
     def first(self, inputs: int) -> CalibrationSet:
         """The calibration set of the first batches, with about the given number of inputs."""
         return self[: min(self._processes.gather(max(1, len(self) * inputs // self.inputs)))]

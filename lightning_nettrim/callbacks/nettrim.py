@@ -33,6 +33,7 @@ from lightning_nettrim.pruning.budget import Options
 from lightning_nettrim.pruning.config import PruningConfig
 from lightning_nettrim.pruning.recovery import Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, Trial
+from lightning_nettrim.pruning.units.base import UnitSelection
 from lightning_nettrim.runtime.distributed import SINGLE_PROCESS, ProcessGroup
 from lightning_nettrim.runtime.resume import ResumeStore
 from lightning_nettrim.runtime.sharded import is_sharded
@@ -60,6 +61,8 @@ class NetTrim(Callback):
         sparsity: fraction of zeros, exact to the weight. The change of the responses results.
         macs: fraction of the network's multiply-accumulates that the pattern ``units`` leaves at most, once compacted.
         parameters: fraction of the network's parameters that the pattern ``units`` leaves at most, once compacted.
+        latency: fraction of the time of a forward pass that the pattern ``units`` leaves at most, once compacted, as
+            measured on this machine.
         max_drop: maximum drop of the metric (``mode="min"``: rise). The sparsest network within it is searched by
             trials; if there is none, the network stays dense.
         mode: whether a larger (``"max"``) or a smaller (``"min"``) metric is better.
@@ -67,7 +70,10 @@ class NetTrim(Callback):
         pattern: pattern of the zeros: ``unstructured``, ``per_neuron``, ``neuron``, ``n:m`` as ``2:4``, blocks of
             outputs by inputs as ``4x4``, or a `Pattern`; ``units`` are whole neurons and channels that no layer reads,
             which `compact` removes.
+        select: how the pattern ``units`` chooses units; ``None`` is ``Elimination()``, by the errors of the layers that
+            read them, and ``Coreset()`` is by sensitivities, without data.
         round_to: the pattern ``units`` keeps multiples of so many units.
+        latency_batch_size: batch size at which ``latency`` is measured.
         allocate: how the sparsity is distributed over layers without a budget of their own: ``global``, where it
             changes the network's output least; ``uniform``, the same in each layer; ``epsilon``, to one relative error
             of all responses; ``magnitude``, where the smallest weights are; or an `Allocation`. The total is exact for
@@ -127,11 +133,14 @@ class NetTrim(Callback):
         sparsity: float | None = None,
         macs: float | None = None,
         parameters: float | None = None,
+        latency: float | None = None,
         max_drop: float | None = None,
         mode: Literal["max", "min"] = "max",
         relative: bool = False,
         pattern: str | Pattern = "unstructured",
+        select: UnitSelection | None = None,
         round_to: int = 1,
+        latency_batch_size: int = 1,
         allocate: Literal["uniform", "epsilon", "global", "magnitude"] | Allocation = "global",
         importance: Literal["outgoing", "equal"] = "outgoing",
         scheme: Literal["cascade", "parallel"] = "cascade",

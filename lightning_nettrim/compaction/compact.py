@@ -8,20 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from lightning_nettrim.calibration.batch import CalibrationBatch, Forward, call, evaluation_mode
-from lightning_nettrim.calibration.nested import common_length, count_inputs, map_tensors
+from lightning_nettrim.calibration.batch import CalibrationBatch, Forward, call
+from lightning_nettrim.calibration.nested import common_length, count_inputs
 from lightning_nettrim.compaction.files import save_compact
 from lightning_nettrim.compaction.unread import find_unread
 from lightning_nettrim.pruning.results import aligned
 from lightning_nettrim.pruning.units.costs import count_macs
 from lightning_nettrim.pruning.units.graph import TRACED_INPUTS
+from lightning_nettrim.pruning.units.latency import milliseconds, resized
 from lightning_nettrim.pruning.units.surgery import RemovedChannels, without_channels
-
-MIN_SECONDS = 0.3
-"""Time of a measurement of the latency, of which the median run counts."""
 
 
 @dataclass(frozen=True)
@@ -160,23 +157,7 @@ def measure(model: nn.Module, batch: CalibrationBatch, batch_sizes: Sequence[int
     parameters = sum(parameter.numel() for parameter in model.parameters())
     _, macs = count_macs(model, batch, {})
     divisible = common_length(batch.batch) is not None
-    milliseconds = {}
+    times = {}
     for count in batch_sizes if divisible else [count_inputs(batch.batch)][: len(batch_sizes)]:
-        resized = _resized(batch, count) if divisible else batch
-        milliseconds[count] = _milliseconds(model, resized)
-    return NetworkSize(parameters, size, macs, milliseconds)
-
-
-def _milliseconds(model: nn.Module, batch: CalibrationBatch) -> float:
-    """The median time of a forward pass."""
-    from torch.utils.benchmark import Timer  # it logs a message when it is imported on a machine without an accelerator
-
-    with evaluation_mode(model):
-        timer = Timer("batch(model)", globals={"batch": batch, "model": model}, num_threads=torch.get_num_threads())
-        return timer.blocked_autorange(min_run_time=MIN_SECONDS).median * 1e3
-
-
-def _resized(batch: CalibrationBatch, count: int) -> CalibrationBatch:
-    """A batch with another number of inputs, which are repeated."""
-    index = torch.arange(count) % count_inputs(batch.batch)
-    return CalibrationBatch(map_tensors(batch.batch, lambda tensor: tensor[index.to(tensor.device)]), batch.forward)
+        times[count] = milliseconds(model, resized(batch, count) if divisible else batch)
+    return NetworkSize(parameters, size, macs, times)

@@ -12,7 +12,7 @@ from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mod
 from lightning_nettrim.layers import Layer, find_layers
 from lightning_nettrim.pruning.units.graph import outputs
 from lightning_nettrim.pruning.units.groups import UnitGroup, find_groups, rows_of_channels
-from lightning_nettrim.pruning.units.surgery import RemovedChannels, without_channels
+from lightning_nettrim.pruning.units.surgery import RemovedChannels, channels_of_units, without_channels
 from lightning_nettrim.runtime.sharded import full
 
 RTOL = 1e-4
@@ -52,17 +52,17 @@ def find_unread(model: nn.Module, batch: CalibrationBatch) -> UnreadUnits:
     kept = {name: _is_read(group, layers) for name, group in groups.items()}
     with evaluation_mode(model):
         before = outputs(model, batch)
-    removed = _removed(groups, kept)
+    removed = channels_of_units(groups, kept)
     if reason := _failure(model, batch, removed, before):
         usable: dict[str, UnitGroup] = {}
         for name, group in groups.items():
-            if reason := _failure(model, batch, _removed({**usable, name: group}, kept), before):
+            if reason := _failure(model, batch, channels_of_units({**usable, name: group}, kept), before):
                 skipped[name] = reason
             else:
                 usable[name] = group
         groups = usable
     units = {name: (int(kept[name].sum()), group.size) for name, group in groups.items()}
-    return UnreadUnits(_removed(groups, kept), units, skipped)
+    return UnreadUnits(channels_of_units(groups, kept), units, skipped)
 
 
 def _is_read(group: UnitGroup, layers: Mapping[str, Layer]) -> Tensor:
@@ -74,21 +74,6 @@ def _is_read(group: UnitGroup, layers: Mapping[str, Layer]) -> Tensor:
     if not bool(kept.any()):
         kept[0] = True
     return kept
-
-
-def _removed(groups: Mapping[str, UnitGroup], kept: Mapping[str, Tensor]) -> dict[str, RemovedChannels]:
-    """The channels that each module loses."""
-    inputs: dict[str, set[int]] = {}
-    outputs: dict[str, set[int]] = {}
-    for name, group in groups.items():
-        for paths, sides in ((group.readers, inputs), (group.producers, outputs), (group.channelwise, outputs)):
-            for path, channels in paths.items():
-                sides.setdefault(path, set()).update(channels[~kept[name]].flatten().tolist())
-    return {
-        path: RemovedChannels(tuple(sorted(inputs.get(path, ()))), tuple(sorted(outputs.get(path, ()))))
-        for path in {**outputs, **inputs}
-        if inputs.get(path) or outputs.get(path)
-    }
 
 
 def _failure(

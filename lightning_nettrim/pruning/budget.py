@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lightning_nettrim.core.pattern import Pattern, Unstructured, parse_pattern
@@ -24,6 +24,10 @@ class Budget:
         min_sparsity: lower bound for an allocation.
         max_sparsity: upper bound for an allocation.
         removed_inputs: inputs of the layer that it does not read; its other weights are dense.
+        input_scales: factors of the weights of all inputs, by which they are multiplied in place of a solve; if there
+            are none, the weights are solved for.
+        synthetic_inputs: ``{module: maximum norm}`` of modules whose inputs are random while the layer is
+            recorded.
 
     Raises:
         ValueError: for numbers outside their ranges and for a pattern that contradicts them.
@@ -36,11 +40,14 @@ class Budget:
     min_sparsity: float = 0.0
     max_sparsity: float = 1.0
     removed_inputs: tuple[int, ...] = ()
+    input_scales: tuple[float, ...] = ()
+    synthetic_inputs: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Parse the pattern and check the numbers."""
         object.__setattr__(self, "pattern", parse_pattern(self.pattern))
         object.__setattr__(self, "removed_inputs", tuple(self.removed_inputs))
+        object.__setattr__(self, "input_scales", tuple(self.input_scales))
         fixed = self.pattern.sparsity
         if fixed is not None and self.epsilon is None and self.sparsity is None:
             object.__setattr__(self, "sparsity", fixed)

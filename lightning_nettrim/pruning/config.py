@@ -11,6 +11,7 @@ from lightning_nettrim.core.pattern import Pattern, parse_pattern
 from lightning_nettrim.pruning.allocation.base import Allocation
 from lightning_nettrim.pruning.budget import Budget, Options, override
 from lightning_nettrim.pruning.recovery import Recovery
+from lightning_nettrim.pruning.units.base import UnitSelection
 from lightning_nettrim.runtime.offload import OFFLOAD_TARGETS
 from lightning_nettrim.solvers import ADMM, Cardinality, Solver
 
@@ -19,6 +20,9 @@ MIN_SAMPLES = 32
 
 DEFAULT_ROWS = 8192
 """Rows per layer if ``max_rows`` is not given and there are not more samples."""
+
+UNIT_LIMITS = ("macs", "parameters", "latency")
+"""Budgets of the pattern ``units``: fractions that are left of the trained network's."""
 
 ALLOCATIONS = ("uniform", "epsilon", "global", "magnitude")
 """Names of allocations."""
@@ -42,6 +46,8 @@ class PruningConfig:
         sparsity: fraction of zeros, exact to the weight. The change of the responses results.
         macs: fraction of the network's multiply-accumulates that the pattern ``units`` leaves at most, once compacted.
         parameters: fraction of the network's parameters that the pattern ``units`` leaves at most, once compacted.
+        latency: fraction of the time of a forward pass that the pattern ``units`` leaves at most, once compacted, as
+            measured on this machine.
         max_drop: maximum drop of the metric (``mode="min"``: rise). The sparsest network within it is searched by
             trials; if there is none, the network stays dense.
         mode: whether a larger (``"max"``) or a smaller (``"min"``) metric is better.
@@ -49,7 +55,10 @@ class PruningConfig:
         pattern: pattern of the zeros: ``unstructured``, ``per_neuron``, ``neuron``, ``n:m`` as ``2:4``, blocks of
             outputs by inputs as ``4x4``, or a `Pattern`; ``units`` are whole neurons and channels that no layer reads,
             which `compact` removes.
+        select: how the pattern ``units`` chooses units; ``None`` is ``Elimination()``, by the errors of the layers that
+            read them, and ``Coreset()`` is by sensitivities, without data.
         round_to: the pattern ``units`` keeps multiples of so many units.
+        latency_batch_size: batch size at which ``latency`` is measured.
         allocate: how the sparsity is distributed over layers without a budget of their own: ``global``, where it
             changes the network's output least; ``uniform``, the same in each layer; ``epsilon``, to one relative error
             of all responses; ``magnitude``, where the smallest weights are; or an `Allocation`. The total is exact for
@@ -92,11 +101,14 @@ class PruningConfig:
     sparsity: float | None = None
     macs: float | None = None
     parameters: float | None = None
+    latency: float | None = None
     max_drop: float | None = None
     mode: Literal["max", "min"] = "max"
     relative: bool = False
     pattern: str | Pattern = "unstructured"
+    select: UnitSelection | None = None
     round_to: int = 1
+    latency_batch_size: int = 1
     allocate: Literal["uniform", "epsilon", "global", "magnitude"] | Allocation = "global"
     importance: Literal["outgoing", "equal"] = "outgoing"
     scheme: Literal["cascade", "parallel"] = "cascade"
@@ -135,16 +147,25 @@ class PruningConfig:
         if self.plan is not None:
             return Budget(None, 0.0, self.refit)
         pattern = parse_pattern(self.pattern)
-        if self.max_drop is not None or self.macs is not None or self.parameters is not None:
+        if self.max_drop is not None or pattern.selects_units:
             return Budget(None, 0.0, self.refit, pattern)
         return Budget(self.epsilon, self.sparsity, self.refit, pattern)
 
     @property
-    def unit_budget(self) -> tuple[str, float]:
-        """What the pattern ``units`` leaves at most: a measure of the cost and the fraction of it."""
-        if self.macs is not None:
-            return "macs", self.macs
-        return ("units", 1 - (self.sparsity or 0.0)) if self.parameters is None else ("parameters", self.parameters)
+    def unit_budget(self) -> tuple[str, float] | None:
+        """What the pattern ``units`` leaves at most: a measure of the cost and the fraction of it.
+
+        ``None`` if the selection determines the numbers of units.
+        """
+        for name in UNIT_LIMITS:
+            if (value := getattr(self, name)) is not None:
+                return name, value
+        return None if self.sparsity is None else ("units", 1 - self.sparsity)
+
+    @property
+    def _sets_sizes(self) -> bool:
+        """Whether the selection of units determines how many are kept."""
+        return self.select is not None and self.select.sets_sizes
 
     @property
     def rows_limit(self) -> int:
@@ -156,8 +177,8 @@ class PruningConfig:
         return self.solver or (Cardinality() if epsilon is None else ADMM())
 
     def _check_types(self) -> None:
-        budgets = ("epsilon", "sparsity", "macs", "parameters", "max_drop")
-        for name in (*budgets, "round_to", "num_samples", "max_rows", "max_memory"):
+        budgets = ("epsilon", "sparsity", *UNIT_LIMITS, "max_drop")
+        for name in (*budgets, "round_to", "latency_batch_size", "num_samples", "max_rows", "max_memory"):
             if isinstance(value := getattr(self, name), str):
                 raise ValueError(f"{name}: expected a number, got {value!r}: leave out the quotes")
 
@@ -169,11 +190,12 @@ class PruningConfig:
                 f"plan: expected no epsilon, sparsity or max_drop beside it, got {self.epsilon}, {self.sparsity} and"
                 f" {self.max_drop}: edit the plan"
             )
-        given = (self.epsilon, self.sparsity, self.macs, self.parameters, self.max_drop, self.plan, own)
-        if all(value is None for value in given):
+        limits = [getattr(self, name) for name in UNIT_LIMITS]
+        given = (self.epsilon, self.sparsity, *limits, self.max_drop, self.plan, own)
+        if all(value is None for value in given) and not self._sets_sizes:
             raise ValueError(
-                "expected one of sparsity, epsilon, max_drop, plan and an n:m pattern, or macs or parameters with the"
-                " pattern 'units', got none: sparsity=0.8 makes four of five weights zero"
+                "expected one of sparsity, epsilon, max_drop, plan and an n:m pattern, or macs, parameters or latency"
+                " with the pattern 'units', got none: sparsity=0.8 makes four of five weights zero"
             )
         if self.epsilon is not None and self.sparsity is not None:
             raise ValueError(
@@ -186,7 +208,7 @@ class PruningConfig:
             )
         if self.max_drop is not None and not 0 <= self.max_drop < float("inf"):
             raise ValueError(f"max_drop: expected ≥ 0 (0.005 is half a point of accuracy), got {self.max_drop}")
-        for name in ("macs", "parameters"):
+        for name in UNIT_LIMITS:
             if (value := getattr(self, name)) is not None and not 0 < value <= 1:
                 raise ValueError(f"{name}: expected the fraction that is left, in (0, 1], got {value}")
 
@@ -199,6 +221,8 @@ class PruningConfig:
             raise ValueError(f"allocate: expected {names} or an Allocation, got {self.allocate!r}")
         if self.recover is not None and not isinstance(self.recover, Recovery):
             raise ValueError(f"recover: expected a Recovery, such as Distillation(), got {self.recover!r}")
+        if self.select is not None and not isinstance(self.select, UnitSelection):
+            raise ValueError(f"select: expected a UnitSelection, such as Coreset(), got {self.select!r}")
         if self.solver is not None and not isinstance(self.solver, Solver):
             raise ValueError(f"solver: expected a Solver, such as Cardinality(), got {self.solver!r}")
 
@@ -207,15 +231,19 @@ class PruningConfig:
             raise ValueError(f"max_memory: expected > 0 (in GiB), got {self.max_memory}")
         if self.round_to < 1:
             raise ValueError(f"round_to: expected at least 1, got {self.round_to}: 8 suits most hardware")
+        if self.latency_batch_size < 1:
+            raise ValueError(f"latency_batch_size: expected at least 1, got {self.latency_batch_size}")
         for name in ("num_samples", "max_rows"):
             if (value := getattr(self, name)) is not None and value < MIN_SAMPLES:
                 raise ValueError(f"{name}: expected at least {MIN_SAMPLES}, got {value}: a few thousand are usual")
 
     def _check_units(self) -> None:
         """The pattern ``units`` has a budget that it takes, and no option of single layers."""
-        limits = {name: getattr(self, name) for name in ("macs", "parameters") if getattr(self, name) is not None}
+        limits = {name: getattr(self, name) for name in UNIT_LIMITS if getattr(self, name) is not None}
         if not parse_pattern(self.pattern).selects_units:
-            for name, value in (limits | ({} if self.round_to == 1 else {"round_to": self.round_to})).items():
+            own_options = {"select": None, "round_to": 1, "latency_batch_size": 1}
+            changed = {k: getattr(self, k) for k, default in own_options.items() if getattr(self, k) != default}
+            for name, value in (limits | changed).items():
                 raise ValueError(f"{name}: expected the pattern 'units', got {name}={value}: it counts whole units")
             own = (override(Budget(sparsity=0.0), options).pattern for options in (self.per_layer or {}).values())
             if any(pattern.selects_units for pattern in own):
@@ -227,10 +255,14 @@ class PruningConfig:
         given = limits | {
             name: getattr(self, name) for name in ("sparsity", "epsilon", "max_drop") if getattr(self, name) is not None
         }
+        if self._sets_sizes and given:
+            got = " and ".join(f"{name}={value}" for name, value in given.items())
+            raise ValueError(f"select: expected no budget beside {self.select}, which sets the numbers, got {got}")
         if len(given) > 1 or self.epsilon is not None:
-            expected = "one of sparsity, macs, parameters and max_drop"
+            expected = "one of sparsity, macs, parameters, latency and max_drop"
             got = " and ".join(f"{name}={value}" for name, value in given.items())
             raise ValueError(f"pattern 'units': expected {expected}, got {got}: choose one")
+        Budget(sparsity=self.sparsity or 0.0)
         if self.allocate != "global":
             raise ValueError(
                 f"allocate: expected 'global' with the pattern 'units', got {self.allocate!r}: units are removed where"
@@ -239,6 +271,11 @@ class PruningConfig:
         for name in ("solver", "per_layer"):
             if (value := getattr(self, name)) is not None:
                 raise ValueError(f"{name}: expected none with the pattern 'units', got {value!r}: leave it out")
+        if self.select is not None and self.select.uses_synthetic_inputs and self.scheme != "parallel":
+            raise ValueError(
+                f"scheme: expected 'parallel' with {self.select}, got {self.scheme!r}: synthetic inputs are for the"
+                " trained network"
+            )
 
     def _check_combinations(self) -> None:
         """The solver takes the budgets of all layers, and their patterns are possible."""

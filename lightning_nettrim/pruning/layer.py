@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lightning_nettrim.calibration.activations import Activations
 from lightning_nettrim.calibration.reference import norm_over_processes
+from lightning_nettrim.calibration.replaced import synthetic_inputs
 from lightning_nettrim.core.problem import LayerProblem
 from lightning_nettrim.layers import Layer
 from lightning_nettrim.pruning.budget import Budget
@@ -55,9 +58,13 @@ def prune_layer(
     start, meter = time.perf_counter(), session.run.meter
     if meter is not None:
         meter.read_peak()
+    synthetic = bool(budget.synthetic_inputs)
+    chained = chained and not synthetic
     source = previous if chained else None
     sources, is_fed = [] if source is None else [source], False
-    recordings = session.activations.record(*sources, name, inputs=[name], outputs=sources)
+    with _synthetic_inputs(session, budget) as activations:
+        outputs = [*sources, *([name] if synthetic else [])]
+        recordings = activations.record(*sources, name, inputs=[name], outputs=outputs)
     session.reference.check_rows(name, recordings[name].rows if name in recordings else 0, session.processes)
     if source is not None:
         is_fed = session.activations.is_input_of(source, recordings.pop(source), recordings[name])
@@ -74,6 +81,17 @@ def prune_layer(
     memory = None if meter is None else meter.read_peak() / GIB
     report = _report(session, name, problem, solved, time.perf_counter() - start)
     return LayerOutcome(solved.values, replace(report, memory=memory), trained_distance, is_fed)
+
+
+@contextmanager
+def _synthetic_inputs(session: CalibrationSession, budget: Budget) -> Iterator[Activations]:
+    """A `with` that yields the activations of the session, with the synthetic inputs of a budget if it has some."""
+    if not budget.synthetic_inputs:
+        yield session.activations
+        return
+    calibration_set = session.activations.calibration_set.without_cache()
+    with synthetic_inputs(session.plan.layers, budget.synthetic_inputs, session.config.seed):
+        yield replace(session.activations, calibration_set=calibration_set)
 
 
 def local_error(problem: LayerProblem, W: Tensor) -> float:

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_nettrim.calibration.recording import Recording
 from lightning_nettrim.core.activation import Rectifier
 from lightning_nettrim.core.problem import LayerProblem
+from lightning_nettrim.layers.folding import FoldedLayer
 from lightning_nettrim.pruning.budget import Budget
 from lightning_nettrim.pruning.session import CalibrationSession
 
@@ -41,8 +42,15 @@ def layer_problem(
         trained_inputs: whether the inputs are those of the trained network.
     """
     folded, processes = session.folded_layers[name], session.processes
+    if budget.synthetic_inputs:
+        folded, recording = _without_residual(folded, recording)
     X, offset = session.activations.inputs(name, recording), session.activations.offset(name, recording)
-    Y, rectifier = session.reference[name], folded.rectifier
+    Y = (
+        folded.response(session.activations.outputs(name, recording), None)
+        if budget.synthetic_inputs
+        else session.reference[name]
+    )
+    rectifier = folded.rectifier
     convex = session.config.solver_for(budget.epsilon).takes_epsilon
     if convex and rectifier is not None and rectifier.slope is not None:
         Y, rectifier = torch.where(Y > 0, Y, rectifier.inverse(Y)), None
@@ -65,6 +73,13 @@ def layer_problem(
     if not convex:
         return replace(problem, epsilon=radius)
     return _with_feasible_trained_weights(problem, radius, rectifier, trained_inputs)
+
+
+def _without_residual(folded: FoldedLayer, recording: Recording) -> tuple[FoldedLayer, Recording]:
+    """A layer with a linear response in place of one after the sum with a residual, which depends on data."""
+    if recording.R is None:
+        return folded, recording
+    return replace(folded, rectifier=None), replace(recording, R=None)
 
 
 def _with_feasible_trained_weights(

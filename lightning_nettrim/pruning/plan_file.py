@@ -20,12 +20,22 @@ def plan_to_yaml(plan: Plan, budgets: Mapping[str, Budget]) -> str:
     layers = {
         name: {key: value for key in ("epsilon", "sparsity") if (value := getattr(budgets[name], key)) is not None}
         | {"pattern": budgets[name].pattern.to_config(), "refit": budgets[name].refit}
-        | ({"removed_inputs": list(budgets[name].removed_inputs)} if budgets[name].removed_inputs else {})
+        | _unit_options(budgets[name])
         | {"shape": list(layer.parameter.shape), "followed_by": str(plan.contexts[name])}
         for name, layer in plan.layers.items()
     }
     skipped = {layer.name: layer.reason for layer in plan.skipped}
     return yaml.safe_dump({"layers": layers, "skipped": skipped}, sort_keys=False)
+
+
+def _unit_options(budget: Budget) -> dict[str, Any]:
+    """The options of a budget that concern inputs, as far as they are set, as primitives."""
+    options = {
+        "removed_inputs": list(budget.removed_inputs),
+        "input_scales": list(budget.input_scales),
+        "synthetic_inputs": dict(budget.synthetic_inputs),
+    }
+    return {name: value for name, value in options.items() if value}
 
 
 def read_plan(path: str | Path, layers: Mapping[str, Layer]) -> dict[str, dict[str, Any]]:

@@ -58,8 +58,12 @@ def prune_within_drop(
 
     def evaluate(sparsity: float) -> Trial:
         nonlocal best, session
+        count = len(session.run.notes)
         budgets = allocate(session, sparsity)
+        own = session.run.notes[count:]  # of this trial
+        del session.run.notes[count:]
         result, session = prune_network(session, budgets, label=f"{sparsity:.4f}@")
+        result = replace(result, notes=(*result.notes, *own))
         value = mean(metric())
         trial = Trial(sparsity, value, used(value) <= 1)
         if trial.within and (best is None or sparsity > best[0]):

@@ -70,6 +70,10 @@ def _solve(
     """The solution of a solver, by its capabilities; of the folded layer, or else of the layer's own weights."""
     if budget.removed_inputs:
         removed = torch.tensor(budget.removed_inputs, device=problem.W.device)
+        if budget.input_scales:
+            W = problem.W.clone()
+            W[:, : len(budget.input_scales)] *= W.new_tensor(budget.input_scales).unsqueeze(-1)
+            return Solution.uncertified(W.index_fill(1, removed, 0))
         return Solution.uncertified(without_inputs(problem, removed))
     if budget.epsilon is not None and not solver.takes_epsilon:
         return sparsest_within(problem, solver, budget.refit)

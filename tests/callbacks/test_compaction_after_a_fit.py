@@ -30,6 +30,14 @@ def test_a_fit_writes_the_compact_network(tmp_path, capsys):
         assert text in printed
 
 
+def test_a_validate_prunes_units_of_a_network(tmp_path):
+    callback = NetTrim(pattern="units", sparsity=0.5, calibration="val")
+    make_trainer(tmp_path, callback).validate(model := Net(), val_data(), verbose=False)
+    units = compact(model, torch.randn(8, 8), batch_sizes=()).report.units
+    assert sum(count for count, _ in units.values()) == sum(size for _, size in units.values()) // 2
+    assert (callback.folder / "compact.safetensors").exists()
+
+
 def test_the_module_is_not_changed_by_compaction_and_can_be_copied_with_its_trainer(tmp_path):
     callback = NetTrim(pattern="units", sparsity=0.5)
     trainer = make_trainer(tmp_path, callback)

@@ -25,7 +25,7 @@ pytestmark = LIGHTNING_WARNINGS
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "expected one of sparsity, epsilon, max_drop, plan and an n:m pattern, or macs or parameters"),
+        ({}, "expected one of sparsity, epsilon, max_drop, plan and an n:m pattern, or macs, parameters or latency"),
         ({"epsilon": 0.1, "sparsity": 0.5}, "got sparsity=0.5 and epsilon=0.1"),
         ({"epsilon": 0.0}, "epsilon: .* got 0.0"),
         ({"epsilon": -1.0}, "epsilon: .* got -1.0"),

@@ -14,7 +14,6 @@ from unit_networks import NETWORKS, network
 from lightning_nettrim import PruningConfig, compact, trim
 from lightning_nettrim.calibration.batch import CalibrationBatch
 from lightning_nettrim.layers import find_layers
-from lightning_nettrim.pruning.allocation.curves import ErrorCurve
 from lightning_nettrim.pruning.units.allocation import keep_within
 from lightning_nettrim.pruning.units.costs import UnitCosts
 from lightning_nettrim.pruning.units.groups import find_groups, rows_of_channels
@@ -212,12 +211,8 @@ def test_the_budget_is_used_up(allocation):
     model, x = network("residual")
     groups, _ = groups_of(model, x)
     costs = UnitCosts(model, CalibrationBatch(x[:2]), groups)
-    curves = {
-        name: {reader: ErrorCurve((1, group.size), (1.0, 0.0)) for reader in group.readers}
-        for name, group in groups.items()
-    }
-    effects = {reader: 1.0 for group in groups.values() for reader in group.readers}
-    kept = keep_within(costs, curves, effects, ("macs", allocation), 1)
+    sizes = {name: group.size for name, group in groups.items()}
+    kept = keep_within(costs, lambda name, count: (1 - count / sizes[name]) ** 2, ("macs", allocation), 1)
     limit = allocation * costs.total("macs")
     assert costs.of(kept, "macs") <= limit
     for name, count in kept.items():
@@ -296,9 +291,12 @@ def test_without_torch_pruning_it_is_named(monkeypatch):
     [
         ({"macs": 0.0}, r"macs: expected the fraction that is left, in \(0, 1\], got 0.0"),
         ({"parameters": 1.5}, r"parameters: expected the fraction that is left, in \(0, 1\], got 1.5"),
-        ({"macs": 0.5, "parameters": 0.5}, "expected one of sparsity, macs, parameters and max_drop, got macs=0.5 and"),
+        (
+            {"macs": 0.5, "parameters": 0.5},
+            "expected one of sparsity, macs, parameters, latency and max_drop, got macs=0.5 and",
+        ),
         ({"macs": 0.5, "sparsity": 0.5}, "got macs=0.5 and sparsity=0.5: choose one"),
-        ({"epsilon": 0.5}, "expected one of sparsity, macs, parameters and max_drop, got epsilon=0.5"),
+        ({"epsilon": 0.5}, "expected one of sparsity, macs, parameters, latency and max_drop, got epsilon=0.5"),
         ({"macs": 0.5, "per_layer": {"0": {"sparsity": 0.5}}}, "per_layer: expected none with the pattern 'units'"),
         ({"macs": 0.5, "allocate": "uniform"}, "allocate: expected 'global' with the pattern 'units', got 'uniform'"),
         ({"macs": 0.5, "round_to": 0}, "round_to: expected at least 1, got 0"),

@@ -33,7 +33,7 @@ def allocate(session: CalibrationSession, sparsity: float | None) -> dict[str, B
     """
     config = session.config
     if config.budget.pattern.selects_units:
-        return allocate_units(session, *(config.unit_budget if sparsity is None else ("units", 1 - sparsity)))
+        return allocate_units(session, config.unit_budget if sparsity is None else ("units", 1 - sparsity))
     sizes = session.shared_sizes()
     if sparsity is None or not sizes:
         return session.plan.budgets

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from lightning_nettrim.calibration.batch import CalibrationBatch
-from lightning_nettrim.pruning.allocation.curves import ErrorCurve, MeasuredLayer
-from lightning_nettrim.pruning.allocation.effects import measure_effects
-from lightning_nettrim.pruning.allocation.network_error import GlobalAllocation, with_compensation
 from lightning_nettrim.pruning.budget import Budget
 from lightning_nettrim.pruning.session import CalibrationSession
+from lightning_nettrim.pruning.units.base import KeptUnits, MeasuredUnits
 from lightning_nettrim.pruning.units.costs import UnitCosts
+from lightning_nettrim.pruning.units.elimination import Elimination
 from lightning_nettrim.pruning.units.graph import TRACED_INPUTS
 from lightning_nettrim.pruning.units.groups import UnitGroup, find_groups, rows_of_channels
-from lightning_nettrim.pruning.units.selection import measure_group, select_units
+from lightning_nettrim.pruning.units.latency import keep_within_latency
 from lightning_nettrim.runtime.sharded import is_sharded
 
 STEPS = 64
@@ -27,13 +27,13 @@ FEWER = 1, 2, 4, 8
 """Numbers of these steps that are compared, as the loss is not convex."""
 
 
-def allocate_units(session: CalibrationSession, measure: str, fraction: float) -> dict[str, Budget]:
+def allocate_units(session: CalibrationSession, budget: tuple[str, float] | None) -> dict[str, Budget]:
     """The budget of every layer, with the inputs that it no longer reads.
 
     Args:
         session: the trained model with its calibration data.
-        measure: what is limited: ``units``, ``parameters`` or ``macs``.
-        fraction: of the trained network's that is left at most.
+        budget: what is limited (``units``, ``parameters``, ``macs`` or ``latency``), and to which fraction of the
+            trained network's; ``None`` if the selection determines the numbers of units.
 
     Raises:
         ModuleNotFoundError: without the package torch-pruning.
@@ -43,19 +43,32 @@ def allocate_units(session: CalibrationSession, measure: str, fraction: float) -
     session.restore()
     groups, batch = session_groups(session)
     costs = UnitCosts(session.model, batch, groups)
-    curves, readers = dict[str, dict[str, ErrorCurve]](), dict[str, MeasuredLayer]()
-    for i, (name, group) in enumerate(groups.items()):
-        session.run.progress.activity = f"measuring the units of {name}"
-        session.run.progress.report("measuring units", i / len(groups))
-        measured = measure_group(session, group)
-        curves[name] = measured.curves
-        readers |= {reader: layer for reader, layer in measured.readers.items() if reader not in readers}
-    effects = measure_effects(session, {name: readers[name] for name in session.plan.layers if name in readers})
-    if session.config.scheme == "cascade":
-        effects = with_compensation(effects, GlobalAllocation().compensation)
-    kept = keep_within(costs, curves, effects, (measure, fraction), session.config.round_to)
+    measured = (session.config.select or Elimination()).measure(session, batch, groups)
+    if budget is None:
+        kept = measured.sizes()
+    elif budget[0] == "latency":
+        kept = _keep_within_latency(session, groups, costs, measured, budget[1])
+    else:
+        kept = keep_within(costs, measured.loss, budget, session.config.round_to)
     session.run.notes.append(_summary(costs, kept))
-    return _budgets(session, groups, select_units(session, groups, kept, effects))
+    return _budgets(session, groups, measured.select(kept))
+
+
+def _keep_within_latency(
+    session: CalibrationSession,
+    groups: Mapping[str, UnitGroup],
+    costs: UnitCosts,
+    measured: MeasuredUnits,
+    fraction: float,
+) -> dict[str, int]:
+    """Numbers of units within a fraction of the latency, distributed as within multiply-accumulates."""
+    config = session.config
+
+    def keep(macs: float) -> dict[str, int]:
+        return keep_within(costs, measured.loss, ("macs", macs), config.round_to)
+
+    least = costs.of(_fewest(costs, config.round_to), "macs") / costs.total("macs")
+    return keep_within_latency(session, groups, keep, least, (config.latency_batch_size, fraction))
 
 
 def session_groups(session: CalibrationSession) -> tuple[dict[str, UnitGroup], CalibrationBatch]:
@@ -100,18 +113,13 @@ def _summary(costs: UnitCosts, kept: Mapping[str, int]) -> str:
 
 
 def keep_within(
-    costs: UnitCosts,
-    curves: Mapping[str, Mapping[str, ErrorCurve]],
-    effects: Mapping[str, float],
-    budget: tuple[str, float],
-    round_to: int,
+    costs: UnitCosts, loss: Callable[[str, int], float], budget: tuple[str, float], round_to: int
 ) -> dict[str, int]:
     """Numbers of units within a budget, by removing those first that change the output least per saved cost.
 
     Args:
         costs: of the network.
-        curves: ``{group: {reader: curve}}``.
-        effects: of the squared local error of each reader on the output.
+        loss: of a group with a number of units.
         budget: what is limited, and to which fraction of the trained network's.
         round_to: numbers are multiples of this, in groups that have as many.
 
@@ -121,16 +129,13 @@ def keep_within(
     measure, fraction = budget
     limit = fraction * costs.total(measure)
     choices = {name: _choices(size, round_to) for name, size in costs.sizes.items()}
-    fewest = costs.of({name: counts[-1] for name, counts in choices.items()}, measure)
+    fewest = costs.of(_fewest(costs, round_to), measure)
     if fewest > limit:
         raise ValueError(
             f"{measure}: expected at least {fewest / costs.total(measure):.4f}, which is left with the fewest units,"
             f" got {fraction:g}: choose more, or ignore fewer layers"
         )
-    losses = {
-        name: {count: sum(effects[r] * c.at(count) ** 2 for r, c in curves[name].items()) for count in counts}
-        for name, counts in choices.items()
-    }
+    losses = {name: {count: loss(name, count) for count in counts} for name, counts in choices.items()}
     kept = {name: counts[0] for name, counts in choices.items()}
 
     def priced(ahead: Sequence[int]) -> Iterator[tuple[float, str, int]]:
@@ -148,6 +153,11 @@ def keep_within(
     return kept
 
 
+def _fewest(costs: UnitCosts, round_to: int) -> dict[str, int]:
+    """The smallest numbers of units."""
+    return {name: _choices(size, round_to)[-1] for name, size in costs.sizes.items()}
+
+
 def _choices(size: int, round_to: int) -> list[int]:
     """Numbers of units that a group may keep, descending."""
     step = max(size // STEPS, 1)
@@ -158,19 +168,29 @@ def _choices(size: int, round_to: int) -> list[int]:
 
 
 def _budgets(
-    session: CalibrationSession, groups: Mapping[str, UnitGroup], masks: Mapping[str, Tensor]
+    session: CalibrationSession, groups: Mapping[str, UnitGroup], selected: Mapping[str, KeptUnits]
 ) -> dict[str, Budget]:
     """The budget of every layer of the plan, in which the inputs of removed units are removed."""
     removed: dict[str, set[int]] = {name: set() for name in session.plan.layers}
+    scales: dict[str, Tensor] = {}
+    synthetic: dict[str, dict[str, float]] = {name: {} for name in session.plan.layers}
     for group_name, group in groups.items():
+        units = selected[group_name]
         for name, channels in group.readers.items():
-            rows = rows_of_channels(session.plan.layers[name], channels[~masks[group_name]])
-            removed[name].update(rows.flatten().tolist())
+            layer = session.plan.layers[name]
+            removed[name].update(rows_of_channels(layer, channels[~units.mask]).flatten().tolist())
+            synthetic[name] |= units.synthetic
+            if units.scales is not None:
+                own = scales.setdefault(name, torch.ones(layer.inputs, dtype=torch.float64))
+                rows = rows_of_channels(layer, channels)
+                own[rows] = units.scales.unsqueeze(-1).expand_as(rows)
     return {
         name: replace(
             budget,
             sparsity=len(removed[name]) / session.plan.layers[name].inputs,
             removed_inputs=tuple(sorted(removed[name])),
+            input_scales=tuple(scales[name].tolist()) if name in scales else (),
+            synthetic_inputs=synthetic[name],
         )
         for name, budget in session.plan.budgets.items()
     }

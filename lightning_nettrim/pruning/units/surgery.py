@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_nettrim.pruning.units.graph import torch_pruning_package
+from lightning_nettrim.pruning.units.groups import UnitGroup
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,26 @@ def remove_channels(module: nn.Module, removed: RemovedChannels) -> None:
         pruner.prune_in_channels(module, list(removed.inputs))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(requires_grad[name])
+
+
+def channels_of_units(groups: Mapping[str, UnitGroup], kept: Mapping[str, Tensor]) -> dict[str, RemovedChannels]:
+    """The channels that each module loses without some units.
+
+    Args:
+        groups: the groups of units.
+        kept: ``{group: (size,) bool}``.
+    """
+    inputs: dict[str, set[int]] = {}
+    outputs: dict[str, set[int]] = {}
+    for name, group in groups.items():
+        for paths, sides in ((group.readers, inputs), (group.producers, outputs), (group.channelwise, outputs)):
+            for path, channels in paths.items():
+                sides.setdefault(path, set()).update(channels[~kept[name]].flatten().tolist())
+    return {
+        path: RemovedChannels(tuple(sorted(inputs.get(path, ()))), tuple(sorted(outputs.get(path, ()))))
+        for path in {**outputs, **inputs}
+        if inputs.get(path) or outputs.get(path)
+    }
 
 
 @contextmanager
