@@ -26,7 +26,7 @@ from lightning_nettrim.pruning.recovery import Distillation, Recovery
 from lightning_nettrim.pruning.results import LayerReport, PruningResult, SkippedLayer, Trial
 from lightning_nettrim.pruning.session import CalibrationSession
 from lightning_nettrim.pruning.session_setup import CalibrationSource
-from lightning_nettrim.pruning.units.base import UnitSelection
+from lightning_nettrim.pruning.units.base import KeptUnits, MeasuredUnits, UnitSelection
 from lightning_nettrim.pruning.units.coreset import Coreset
 from lightning_nettrim.pruning.units.elimination import Elimination
 from lightning_nettrim.solvers import (
@@ -61,12 +61,14 @@ __all__ = [
     "Elimination",
     "EpsilonAllocation",
     "GlobalAllocation",
+    "KeptUnits",
     "Layer",
     "LayerCall",
     "LayerProblem",
     "LayerReport",
     "Magnitude",
     "MagnitudeAllocation",
+    "MeasuredUnits",
     "NOfM",
     "NetTrim",
     "Neuron",
