@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from benchmarks.coreset import Row as CoresetRow
 from benchmarks.oneshot import Row as OneShotRow
 from benchmarks.peers import Unavailable
 from benchmarks.report import Row
@@ -53,6 +54,23 @@ def plot_accuracy(rows: Iterable[OneShotRow], path: Path) -> None:
         for method, groups in lines.items()
     }
     _plot(means, path, None, xlabel="sparsity", ylabel="accuracy in percent", ylim=(90, 99))
+
+
+def plot_coresets(rows: Iterable[CoresetRow], path: Path) -> None:
+    """Plot the error against the size on logarithmic axes, one line per method.
+
+    Args:
+        rows: of the benchmark ``coreset``.
+        path: PNG file to write.
+
+    Raises:
+        Unavailable: if Matplotlib is not installed.
+    """
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        lines.setdefault(row.method, []).append((row.size, row.error))
+    labels = {"xscale": "log", "yscale": "log", "xlabel": "neurons", "ylabel": "relative error"}
+    _plot(lines, path, None, **labels)
 
 
 def _plot(lines: Mapping[str, Sequence[tuple[float, float]]], path: Path, level: float | None, **axis: Any) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from benchmarks import convex, layer_cost, llama, memory, networks, oneshot, pitch, processes, units
+from benchmarks import convex, coreset, layer_cost, llama, memory, networks, oneshot, pitch, processes, units
 from benchmarks.peers import Unavailable
-from benchmarks.plots import plot_accuracy, plot_convergence
+from benchmarks.plots import plot_accuracy, plot_convergence, plot_coresets
 from benchmarks.report import Row, column_titles, header, line, write
 
 BENCHMARKS = {
@@ -21,10 +21,13 @@ BENCHMARKS = {
     "llama": llama,
     "pitch": pitch,
     "units": units,
+    "coreset": coreset,
     "memory": memory,
     "layer_cost": layer_cost,
     "processes": processes,
 }
+
+PLOTS = {"oneshot": plot_accuracy, "coreset": plot_coresets}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,9 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _run_convex(sections, settings)
         return
     rows = _run_pruning(BENCHMARKS[name], settings, name)
-    if name == "oneshot":
+    if (plot := PLOTS.get(name)) is not None:
         try:
-            plot_accuracy(rows, settings.out / "oneshot.png")
+            plot(rows, settings.out / f"{name}.png")
         except Unavailable as reason:
             print(reason)
 
@@ -146,6 +149,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--budgets", type=float, nargs="+", default=[*default.budgets], help="fractions of the MACs")
     _add_integer(command, default, "finetune", "epochs of fine-tuning after pruning")
     command.add_argument("--methods", nargs="+", default=[], choices=[*units.METHODS], help="default: all")
+
+    command = commands.add_parser("coreset", help="the error of coresets of neurons by their size")
+    default = coreset.Settings()
+    _add_out(command, default)
+    _add_integer(command, default, "neurons", "number of neurons")
+    command.add_argument("--sizes", type=int, nargs="+", default=[*default.sizes], help="numbers of neurons kept")
+    _add_integer(command, default, "seeds", "number of samples of each size")
 
     command = commands.add_parser("memory", help="peak memory while a large network is pruned, by max_memory")
     default = memory.Settings()

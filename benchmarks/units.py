@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from benchmarks import lenet, networks
 from benchmarks.clock import Clock
 from benchmarks.training import accuracy
-from lightning_nettrim import compact, trim
+from lightning_nettrim import Coreset, compact, trim
 from recipes.data import MNIST
 
 STEPS = 200
@@ -32,7 +32,16 @@ IMPORTANCE: dict[str, Callable[[], Any]] = {
 }
 """Criteria of Torch-Pruning."""
 
-METHODS = ("ours", *(f"{name}, {where}" for name in IMPORTANCE for where in ("uniform", "global")))
+SELECTIONS: dict[str, dict[str, Any]] = {
+    "ours": {},
+    "coreset": {"select": Coreset()},
+    "coreset, no data": {
+        "select": Coreset(beta=1.0, inputs="synthetic"), "scheme": "parallel", "recalibrate_batchnorm": False,
+    },
+}  # fmt: skip
+"""Selections of this package, with their options."""
+
+METHODS = (*SELECTIONS, *(f"{name}, {where}" for name in IMPORTANCE for where in ("uniform", "global")))
 """Torch-Pruning's criteria with the same fraction of units in each group, and ranked over all groups."""
 
 
@@ -105,8 +114,8 @@ def rows(settings: Settings) -> Iterator[Row]:
         for budget in settings.budgets:
             for method in settings.methods or METHODS:
                 pruned, clock = copy.deepcopy(dense), Clock()
-                if method == "ours":
-                    trim(pruned, images.split(256), pattern="units", macs=budget)
+                if method in SELECTIONS:
+                    trim(pruned, images.split(256), pattern="units", macs=budget, **SELECTIONS[method])
                     seconds = clock.read()
                     pruned = compact(pruned, images[:2], batch_sizes=()).model
                 else:

@@ -329,10 +329,28 @@ def test_the_layer_cost_command_fits_exponents(tmp_path, capsys):
     assert "exponent of" in capsys.readouterr().out
 
 
+def test_the_coreset_command_prints_exponents_and_plots(tmp_path, capsys):
+    run.main(["coreset", "--out", str(tmp_path), "--neurons", "400", "--sizes", "16", "64", "--seeds", "8"])
+    with (tmp_path / "coreset.csv").open() as file:
+        errors = {(row["method"], int(row["size"])): float(row["error"]) for row in csv.DictReader(file)}
+    assert len(errors) == 10
+    assert errors["largest sensitivities, refit", 64] < errors["largest sensitivities", 64]
+    assert errors["importance, fixed size", 64] < errors["uniform, fixed size", 64]
+    assert (tmp_path / "coreset.png").stat().st_size > 0
+    assert "exponent of the error" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_the_units_command_compares_with_torch_pruning(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lenet, "network", lambda data, cache, epochs: MLP([784, 40, 20, 10]).eval())
-    methods = ["ours", "group magnitude, uniform", "Taylor, global", "Hessian, global", "random, uniform"]
+    methods = [
+        "ours",
+        "coreset, no data",
+        "group magnitude, uniform",
+        "Taylor, global",
+        "Hessian, global",
+        "random, uniform",
+    ]
     options = ["--networks", "lenet300", "--budgets", "0.5", "--samples", "512", "--finetune", "0"]
     run.main(["units", "--out", str(tmp_path), *options, "--methods", *methods])
     with (tmp_path / "units.csv").open() as file:
