@@ -133,9 +133,13 @@ class FineTuning:
         self._changes.close()
         self._trainer = None
 
-    def line(self, begun: dict[str, Any]) -> str:
+    def line(self) -> str:
         """One line for the report."""
-        return f"fine-tuned for {self.epochs} epochs: the errors above are those before it"
+        rate = ", ".join(sorted({f"{rate:g}" for groups in self._rates() for rate in groups}))
+        return (
+            f"fine-tuned for {self.epochs} epochs, learning rate {rate}: the errors are those of the pruned network"
+            " before them"
+        )
 
     def _rates(self) -> Rates:
         """The learning rates of these epochs."""

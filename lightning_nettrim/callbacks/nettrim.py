@@ -451,14 +451,14 @@ class NetTrim(Callback):
 
     def _publish_finetuned(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate and publish the fine-tuned network."""
-        begun = self._finetuning.begun
+        begun, line = self._finetuning.begun, self._finetuning.line()
         assert begun is not None
         self._finetuning.end(trainer)
         self._enforcing = False
         masking.apply(pl_module, self.masks)
         result = PruningResult.from_primitives(begun["result"], self.masks)
         sparsity = masking.sparsity(dict(pl_module.named_parameters()))
-        notes = (*result.notes, self._finetuning.line(begun))
+        notes = (*result.notes, line)
         self.result = replace(result, model_sparsity=sparsity, notes=notes)
         self.metrics = dict(begun["metrics"])
         if self.compare:
