@@ -38,18 +38,23 @@ class FineTuning:
         epochs: number of epochs; 0 trains nothing.
         lr: learning rate of all parameters; ``None`` is that at the end of the training, but at least a tenth of the
             highest one.
+        enforce: whether zeros stay zero, which these epochs need.
 
     Raises:
         MisconfigurationException: naming the option.
     """
 
-    def __init__(self, epochs: int, lr: float | None) -> None:
+    def __init__(self, epochs: int, lr: float | None, enforce: bool) -> None:
         if isinstance(epochs, bool) or not isinstance(epochs, int) or epochs < 0:
             raise MisconfigurationException(f"NetTrim: finetune_epochs: expected an integer >= 0, got {epochs!r}")
         if lr is not None and (isinstance(lr, bool) or not isinstance(lr, float | int) or not 0 < lr < math.inf):
             raise MisconfigurationException(f"NetTrim: finetune_lr: expected a number > 0 or None, got {lr!r}")
         if lr is not None and not epochs:
             raise MisconfigurationException(f"NetTrim: finetune_lr={lr:g}: expected finetune_epochs with it, got 0")
+        if epochs and not enforce:
+            raise MisconfigurationException(
+                f"NetTrim: finetune_epochs={epochs}: expected enforce=True with it, which keeps the zeros, got False"
+            )
         self.epochs, self.lr = epochs, lr
         self._highest: Rates = []
         self._begun: dict[str, Any] | None = None
@@ -57,12 +62,19 @@ class FineTuning:
         self._changes = ExitStack()
 
     @property
-    def begun(self) -> dict[str, Any] | None:
-        """The state from which these epochs are resumed; ``None`` if there is nothing to fine-tune (any more)."""
-        return self._begun
+    def begun(self) -> bool:
+        """Whether a pruned network is to be trained, or trained further."""
+        return self._begun is not None
+
+    @property
+    def results(self) -> dict[str, Any]:
+        """The results of pruning that were given when these epochs began."""
+        assert self._begun is not None
+        return self._begun["results"]
 
     def forget(self) -> None:
-        """Forget the state of a fit."""
+        """Forget the state of a fit, and restore what was changed in the Trainer."""
+        self.restore()
         self._highest, self._begun = [], None
 
     def state_dict(self) -> dict[str, Any]:
@@ -71,7 +83,7 @@ class FineTuning:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Of a checkpoint, which some strategies load before and others after ``on_fit_start``."""
-        self._highest, self._begun = state["highest_rates"], state["begun"]
+        self._highest, self._begun = state["highest_rates"], state["begun"] if self.epochs else None
         if self._trainer is not None:
             self._extend(self._trainer)
 
@@ -96,7 +108,7 @@ class FineTuning:
             results: of pruning, which a resumed fit needs.
         """
         first = trainer.fit_loop.epoch_progress.current.processed
-        self._begun = {"first_epoch": first, "rates": rates(trainer), **results}
+        self._begun = {"first_epoch": first, "rates": rates(trainer), "results": results}
         for average in averaged_models(trainer):
             average.n_averaged.zero_()  # averages are those of these epochs
 

@@ -187,12 +187,6 @@ class NetTrim(Callback):
                 f"NetTrim: max_drop, monitor: expected both or none of them, got {max_drop} and {monitor!r}: name a"
                 " validation metric and how far it may fall"
             )
-        if finetune_epochs and not enforce:
-            raise MisconfigurationException(
-                f"NetTrim: finetune_epochs={finetune_epochs}: expected enforce=True with it, which keeps the zeros, got"
-                " False"
-            )
-        self._finetuning = FineTuning(finetune_epochs, finetune_lr)
         self.monitor = monitor
         self.calibration = calibration
         self.checkpoint = checkpoint
@@ -206,6 +200,7 @@ class NetTrim(Callback):
         self.folder: Path | None = None  # where the files of the last pruning are
         self._pruned = PrunedMasks(self.config)
         self._trainer_pruning = TrainerPruning(self.config, calibration, calibration_step)
+        self._finetuning = FineTuning(finetune_epochs, finetune_lr, enforce)
         self._finished = False  # this object has pruned a network at the end of a fit
         self._handles: list[RemovableHandle] = []
         self._reset()
@@ -236,10 +231,14 @@ class NetTrim(Callback):
         return self._pruned.state_dict() | {"finetuning": self._finetuning.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The state of a checkpoint; a network that was pruned to another budget is not fine-tuned."""
+        """The state of a checkpoint; a network that was pruned to another budget is not fine-tuned further."""
         self._pruned.load_state_dict(state_dict)
         if self._pruned.budget == self._pruned.requested_budget() and "finetuning" in state_dict:
             self._finetuning.load_state_dict(state_dict["finetuning"])
+        if self._finetuning.begun:
+            results = self._finetuning.results
+            self.result = PruningResult.from_primitives(results["result"], self._pruned.masks)
+            self.metrics, self.folder = dict(results["metrics"]), None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the Trainer, and become its last callback."""
@@ -272,11 +271,13 @@ class NetTrim(Callback):
         masks = self._pruned.find(pl_module)
         self._enforcing = self.enforce and bool(masks)
         self._pruning = not self._enforcing or self._pruned.needs_pruning(masks)
-        if self._finetuning.begun and not self._pruning:
+        if self._enforcing:
             self._handles += self._pruned.enforce_after_steps(trainer, pl_module, masks)
+        if self._pruning:
+            self._finetuning.forget()
+        if self._finetuning.begun:
             self._finetuning.start(trainer)
         elif self._enforcing:
-            self._handles += self._pruned.enforce_after_steps(trainer, pl_module, masks)
             after = ", and pruning it further afterwards" if self._pruning else ""
             kept = f"keeping the zeros of {len(masks)} pruned parameters in this fit{after}"
             if self._pruned.budget:
@@ -451,16 +452,13 @@ class NetTrim(Callback):
 
     def _publish_finetuned(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Validate and publish the fine-tuned network."""
-        begun, line = self._finetuning.begun, self._finetuning.line()
-        assert begun is not None
+        assert self.result is not None
+        notes = (*self.result.notes, self._finetuning.line())
         self._finetuning.end(trainer)
         self._enforcing = False
         masking.apply(pl_module, self.masks)
-        result = PruningResult.from_primitives(begun["result"], self.masks)
         sparsity = masking.sparsity(dict(pl_module.named_parameters()))
-        notes = (*result.notes, line)
-        self.result = replace(result, model_sparsity=sparsity, notes=notes)
-        self.metrics = dict(begun["metrics"])
+        self.result = replace(self.result, model_sparsity=sparsity, notes=notes)
         if self.compare:
             self.metrics["finetuned"] = run_validation(trainer, "finetuned").logged
         weights = masking.tensors(pl_module)

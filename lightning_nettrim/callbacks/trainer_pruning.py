@@ -102,9 +102,7 @@ class TrainerPruning:
             with isolate_rng():
                 self._forward(trainer, pl_module, self._batches(trainer, pl_module)[0])
 
-    def _batches(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule
-    ) -> tuple[LoadedBatch, Iterator[LoadedBatch]]:
+    def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[LoadedBatch, Iterator[LoadedBatch]]:
         """The first calibration batch, which is kept, and the others."""
         batches = calibration_batches(trainer, pl_module, self._calibration, self._config.num_samples)
         with processes_of(trainer, pl_module).raise_together():

@@ -514,9 +514,7 @@ def test_zeros_and_files_beside_another_callback(tmp_path, other, first):
     callbacks = [callback, beside] if first else [beside, callback]
     saver = ModelCheckpoint(tmp_path / "saved", save_top_k=-1, filename="{epoch}")
     logger = CSVLogger(tmp_path)
-    trainer = make_trainer(
-        tmp_path, *callbacks, saver, logger=logger, enable_checkpointing=True, max_epochs=3
-    )
+    trainer = make_trainer(tmp_path, *callbacks, saver, logger=logger, enable_checkpointing=True, max_epochs=3)
     before = list(trainer.callbacks)
     trainer.fit(model := MetricsNet())
     assert sorted(trainer.callbacks, key=before.index) == before
