@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack
+from itertools import zip_longest
 from typing import Any
 
 import lightning.pytorch as pl
@@ -93,12 +93,9 @@ class FineTuning:
         self._extend(trainer)
 
     def observe(self, trainer: pl.Trainer) -> None:
-        """Keep the highest learning rates of the training."""
-        if self.epochs and self._begun is None:
-            current = rates(trainer)
-            self._highest = current if shape(current) != shape(self._highest) else [
-                [max(pair) for pair in zip(*groups, strict=True)] for groups in zip(current, self._highest, strict=True)
-            ]  # fmt: skip
+        """Keep the highest learning rates of the training, before each of its steps."""
+        if self.epochs and not self.begun:
+            self._highest = _larger(rates(trainer), self._highest)
 
     def begin(self, trainer: pl.Trainer, results: dict[str, Any]) -> None:
         """Begin after pruning.
@@ -107,8 +104,7 @@ class FineTuning:
             trainer: at the end of the training.
             results: of pruning, which a resumed fit needs.
         """
-        first = trainer.fit_loop.epoch_progress.current.processed
-        self._begun = {"first_epoch": first, "rates": rates(trainer), "results": results}
+        self._begun = {"first_epoch": _finished_epochs(trainer), "rates": rates(trainer), "results": results}
         for average in averaged_models(trainer):
             average.n_averaged.zero_()  # averages are those of these epochs
 
@@ -124,13 +120,10 @@ class FineTuning:
         self._set_aside(trainer)
         for config in trainer.lr_scheduler_configs:
             self._change(config, "scheduler", Suspended(config.scheduler))
-        used = self._rates()
-        set_rates(trainer, used)
-        shown = ", ".join(sorted({f"{rate:g}" for groups in used for rate in groups}))
-        last = self._begun["first_epoch"] + self.epochs
+        set_rates(trainer, self._rates())
+        first, last = _finished_epochs(trainer), self._begun["first_epoch"] + self.epochs - 1
         rank_zero_info(
-            f"NetTrim: fine-tuning the pruned network, epochs {trainer.fit_loop.epoch_progress.current.processed} to"
-            f" {last - 1}, learning rate {shown}"
+            f"NetTrim: fine-tuning the pruned network, epochs {first} to {last}, learning rate {self._shown_rates()}"
         )
 
     def end(self, trainer: pl.Trainer) -> None:
@@ -147,22 +140,21 @@ class FineTuning:
 
     def line(self) -> str:
         """One line for the report."""
-        rate = ", ".join(sorted({f"{rate:g}" for groups in self._rates() for rate in groups}))
         return (
-            f"fine-tuned for {self.epochs} epochs, learning rate {rate}: the errors are those of the pruned network"
-            " before them"
+            f"fine-tuned for {self.epochs} epochs, learning rate {self._shown_rates()}: the errors are those of the"
+            " pruned network before them"
         )
 
     def _rates(self) -> Rates:
         """The learning rates of these epochs."""
         assert self._begun is not None
-        before, highest = self._begun["rates"], self._highest
         if self.lr is not None:
-            return [[float(self.lr)] * len(groups) for groups in before]
-        return [
-            [max(rate, LOWEST_RATE * most) for rate, most in zip(*groups, strict=True)]
-            for groups in zip(before, highest, strict=True)
-        ]
+            return [[float(self.lr)] * len(groups) for groups in self._begun["rates"]]
+        lowest = [[LOWEST_RATE * rate for rate in groups] for groups in self._highest]
+        return _larger(self._begun["rates"], lowest)
+
+    def _shown_rates(self) -> str:
+        return ", ".join(sorted({f"{rate:g}" for groups in self._rates() for rate in groups}))
 
     def _extend(self, trainer: pl.Trainer) -> None:
         if self._begun is None:
@@ -184,6 +176,12 @@ class FineTuning:
         setattr(owner, name, value)
 
 
+def _finished_epochs(trainer: pl.Trainer) -> int:
+    """The number of epochs that the fit loop compares with its limit."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return progress.processed
+
+
 class Suspended:
     """A scheduler that can be read and saved, and does nothing when it is stepped."""
 
@@ -196,27 +194,28 @@ class Suspended:
     step_update = step  # of timm's schedulers
 
     def __getattr__(self, name: str) -> Any:
+        """An attribute of the scheduler."""
         return getattr(self._scheduler, name)
 
 
-def _groups(trainer: pl.Trainer) -> Iterator[list[dict[str, Any]]]:
-    return (optimizer.param_groups for optimizer in trainer.optimizers)
-
-
-def shape(values: Rates) -> list[int]:
-    """The number of parameter groups of each optimizer."""
-    return [len(groups) for groups in values]
+def _larger(values: Rates, others: Rates) -> Rates:
+    """The larger one of each pair of rates; a parameter group that the others do not have keeps its rate."""
+    none: list[float] = []
+    return [
+        [max(pair) for pair in zip_longest(groups, own[: len(groups)], fillvalue=0.0)]
+        for groups, own in zip_longest(values, others[: len(values)], fillvalue=none)
+    ]
 
 
 def rates(trainer: pl.Trainer) -> Rates:
     """The learning rates of all parameter groups."""
-    return [[float(group["lr"]) for group in groups] for groups in _groups(trainer)]
+    return [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in trainer.optimizers]
 
 
 def set_rates(trainer: pl.Trainer, values: Rates) -> None:
-    """Set the learning rates of all parameter groups, in place where they are tensors."""
-    for groups, own in zip(_groups(trainer), values, strict=True):
-        for group, value in zip(groups, own, strict=True):
+    """Set the learning rates of parameter groups, in place where they are tensors; added groups keep theirs."""
+    for optimizer, own in zip(trainer.optimizers, values, strict=True):
+        for group, value in zip(optimizer.param_groups, own, strict=False):
             if isinstance(group["lr"], Tensor):
                 with torch.no_grad():
                     group["lr"].fill_(value)

@@ -57,9 +57,9 @@ class NetTrim(Callback):
     run, and the error is raised at the end (immediately, with several processes). The callback moves itself to the end
     of the Trainer's callbacks, so that it prunes the weights that others, such as weight averaging, produce.
 
-    With ``finetune_epochs`` the Trainer's own loop goes on after pruning, with the module's steps, optimizers and all
-    callbacks, and the zeros stay zero. The metrics are those of the ``dense``, the ``pruned`` and the ``finetuned``
-    network, the files hold the last one. A ``validate`` does not fine-tune.
+    With ``finetune_epochs`` the Trainer's own loop is run once more after pruning, with the module, its optimizers and
+    all callbacks, and the zeros stay zero. The metrics are those of the ``dense``, the ``pruned`` and the ``finetuned``
+    network; the files hold the last one. ``max_drop`` is about the pruned one. A ``validate`` does not fine-tune.
 
     Args:
         epsilon: maximum change of each layer's response, relative to its norm: 0.05 is 5 %. The sparsity results.
@@ -117,7 +117,7 @@ class NetTrim(Callback):
             run can be resumed by starting it again with the same network, data and options.
         enforce: keep zeros exactly zero in a later ``fit`` of a pruned network. It is pruned further at the end if the
             callback's budget is another one than it was pruned to.
-        finetune_epochs: number of epochs for which the pruned network is trained on, whatever has ended the training.
+        finetune_epochs: number of further epochs on the pruned network, whatever has ended the training; 0 for none.
         finetune_lr: learning rate of these epochs, constant, as schedulers have come to their end; ``None`` is that at
             the end of the training, but at least a tenth of the highest one.
         dry_run: print what would be pruned, write it as ``nettrim/plan.yaml``, and leave the network dense.

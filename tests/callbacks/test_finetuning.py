@@ -1,4 +1,4 @@
-"""Further epochs of the user's training loop on the pruned network: which ones, at which rate, and what is published."""
+"""Further epochs of the training loop on the pruned network: which ones, at which rate, and what is published."""
 
 from __future__ import annotations
 
