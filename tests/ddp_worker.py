@@ -78,6 +78,7 @@ def main(folder: Path, devices: int, part: str) -> None:
     """Fit and prune; each process writes its network into the folder."""
     arguments = {
         "prune": {"sparsity": 0.6},
+        "finetune": {"sparsity": 0.6, "finetune_epochs": 2, "finetune_lr": 0.05},
         "exit": {"sparsity": 0.5, "allocate": "uniform", "solver": ExitsInProcess1(outputs=8)},
     }[part]
     callback = NetTrim(**arguments, num_samples=SAMPLES)
@@ -85,6 +86,9 @@ def main(folder: Path, devices: int, part: str) -> None:
     run = trainer(folder, devices, "run", callback)
     run.fit(model, loader(), loader())
     torch.save((model.state_dict(), callback.metrics), folder / f"{run.global_rank}.pt")
+    if part == "finetune":
+        torch.save((callback.masks, run.global_step), folder / f"masks_{run.global_rank}.pt")
+        return
     planned = NetTrim(sparsity=0.6, dry_run=True, num_samples=SAMPLES)
     trainer(folder, devices, "planned", planned).validate(Net(), loader())
 

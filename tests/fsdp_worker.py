@@ -181,6 +181,23 @@ def fit(folder: Path, part: str) -> None:
     torch.save(results, folder / f"{run.global_rank}.pt")
 
 
+def fine_tune(folder: Path) -> None:
+    """Fit, prune and train on, and resume that after its first epoch."""
+    found = []
+    for path in (None, folder / "saved/epoch=1.ckpt"):
+        callback = NetTrim(sparsity=0.5, allocate="uniform", num_samples=SAMPLES, finetune_epochs=2, finetune_lr=0.01)
+        saver = ModelCheckpoint(folder / "saved" if path is None else folder / "later", "{epoch}", save_top_k=-1)
+        run, model = trainer(folder, "fsdp", callback, saver), module_of("fsdp")
+        run.fit(model, loader(), loader(), ckpt_path=path)
+        found.append(
+            {
+                "state": whole_state(model), "masks": callback.masks, "metrics": callback.metrics,
+                "steps": run.global_step, "file": str(callback.folder / "pruned.ckpt"), "limit": run.max_epochs,
+            }
+        )  # fmt: skip
+    torch.save(found, folder / f"{run.global_rank}.pt")
+
+
 def uneven_batches(rank: int) -> list[Tensor]:
     """All inputs, of which process 0 has three quarters in batches of another size."""
     return [*inputs()[:192].split(24)] if rank == 0 else [*inputs()[192:].split(32)]
@@ -239,6 +256,8 @@ def main(folder: Path, part: str) -> None:
     """Run a part; each process writes its results into the folder."""
     if part in ("uneven", "loader", "forward", "refused"):
         multiprocessing.spawn(trim_in, (folder, part), nprocs=2)
+    elif part == "finetune":
+        fine_tune(folder)
     elif part == "tensor":
         trainer(folder, part, NetTrim(sparsity=0.5)).fit(module_of(part), loader(), loader())
     else:

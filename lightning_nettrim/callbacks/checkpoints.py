@@ -40,10 +40,14 @@ def share_with_averages(trainer: pl.Trainer, pl_module: pl.LightningModule) -> N
 
     WeightAveraging uses its average instead of the weights in every later validation and checkpoint.
     """
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        for average in vars(callback).values():
-            if isinstance(average, AveragedModel):
-                average.module.load_state_dict(pl_module.state_dict())
+    for average in averaged_models(trainer):
+        average.module.load_state_dict(pl_module.state_dict())
+
+
+def averaged_models(trainer: pl.Trainer) -> list[AveragedModel]:
+    """The averages of weights of all callbacks."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return [value for each in callbacks for value in vars(each).values() if isinstance(value, AveragedModel)]
 
 
 def verify(state: Mapping[str, Any], masks: Mapping[str, Tensor], what: str) -> None:

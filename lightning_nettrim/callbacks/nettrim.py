@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from lightning_nettrim.callbacks import checkpoints, run_folder
+from lightning_nettrim.callbacks.finetuning import FineTuning
 from lightning_nettrim.callbacks.lightning_package import fitting
 from lightning_nettrim.callbacks.monitoring import check_monitor, monitored_value
 from lightning_nettrim.callbacks.progress_bar import shown_progress
@@ -55,6 +57,10 @@ class NetTrim(Callback):
     early. If pruning fails after training, the trained weights are in ``dense.ckpt``, all other callbacks and hooks
     run, and the error is raised at the end (immediately, with several processes). The callback moves itself to the end
     of the Trainer's callbacks, so that it prunes the weights that others, such as weight averaging, produce.
+
+    With ``finetune_epochs`` the Trainer's own loop is run once more after pruning, with the module, its optimizers and
+    all callbacks, and the zeros stay zero. The metrics are those of the ``dense``, the ``pruned`` and the ``finetuned``
+    network; the files hold the last one. ``max_drop`` is about the pruned one. A ``validate`` does not fine-tune.
 
     Args:
         epsilon: maximum change of each layer's response, relative to its norm: 0.05 is 5 %. The sparsity results.
@@ -117,6 +123,9 @@ class NetTrim(Callback):
             run can be resumed by starting it again with the same network, data and options.
         enforce: keep zeros exactly zero in a later ``fit`` of a pruned network. It is pruned further at the end if the
             callback's budget is another one than it was pruned to.
+        finetune_epochs: number of further epochs on the pruned network, whatever has ended the training; 0 for none.
+        finetune_lr: learning rate of these epochs, constant, as schedulers have come to their end; ``None`` is that at
+            the end of the training, but at least a tenth of the highest one.
         dry_run: print what would be pruned, write it as ``nettrim/plan.yaml``, and leave the network dense.
         allow_untested_strategy: allow other strategies than a single device, DDP and FSDP2, at your own risk.
 
@@ -166,6 +175,8 @@ class NetTrim(Callback):
         compare: bool = True,
         save: bool = True,
         enforce: bool = True,
+        finetune_epochs: int = 0,
+        finetune_lr: float | None = None,
         dry_run: bool = False,
         allow_untested_strategy: bool = False,
     ) -> None:
@@ -198,6 +209,7 @@ class NetTrim(Callback):
         self.folder: Path | None = None  # where the files of the last pruning are
         self._pruned = PrunedMasks(self.config)
         self._trainer_pruning = TrainerPruning(self.config, calibration, calibration_step)
+        self._finetuning = FineTuning(finetune_epochs, finetune_lr, enforce)
         self._finished = False  # this object has pruned a network at the end of a fit
         self._handles: list[RemovableHandle] = []
         self._reset()
@@ -224,12 +236,18 @@ class NetTrim(Callback):
         return self._generate_state_key()
 
     def state_dict(self) -> dict[str, Any]:
-        """The masks, by parameter name, and the budget of the pruned network."""
-        return self._pruned.state_dict()
+        """The masks, by parameter name, the budget of the pruned network, and how far it is fine-tuned."""
+        return self._pruned.state_dict() | {"finetuning": self._finetuning.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The masks and the budget of a checkpoint."""
+        """The state of a checkpoint; a network that was pruned to another budget is not fine-tuned further."""
         self._pruned.load_state_dict(state_dict)
+        if self._pruned.budget == self._pruned.requested_budget() and "finetuning" in state_dict:
+            self._finetuning.load_state_dict(state_dict["finetuning"])
+        if self._finetuning.begun:
+            results = self._finetuning.results
+            self.result = PruningResult.from_primitives(results["result"], self._pruned.masks)
+            self.metrics, self.folder = dict(results["metrics"]), None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Check the Trainer, and become its last callback."""
@@ -240,6 +258,7 @@ class NetTrim(Callback):
             check_strategy(trainer)
         self._remove_hooks()
         self._reset()
+        self._finetuning.forget()
         trainer.callbacks = [*(each for each in callbacks if each is not self), self]  # type: ignore[attr-defined]
         self._handles.append(pl_module.register_load_state_dict_pre_hook(checkpoints.accept_compiled_names))
         if self.checkpoint == "best" and fitting(trainer):
@@ -254,6 +273,7 @@ class NetTrim(Callback):
             raise MisconfigurationException(f"NetTrim: monitor={self.monitor!r}: expected validation data, got none")
         if self.save:
             run_folder.check_writable(trainer)
+        self._finetuning.attach(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Enforce the zeros of a network that was pruned before, else forget the masks of any other network."""
@@ -262,6 +282,11 @@ class NetTrim(Callback):
         self._pruning = not self._enforcing or self._pruned.needs_pruning(masks)
         if self._enforcing:
             self._handles += self._pruned.enforce_after_steps(trainer, pl_module, masks)
+        if self._pruning:
+            self._finetuning.forget()
+        if self._finetuning.begun:
+            self._finetuning.start(trainer)
+        elif self._enforcing:
             after = ", and pruning it further afterwards" if self._pruning else ""
             kept = f"keeping the zeros of {len(masks)} pruned parameters in this fit{after}"
             if self._pruned.budget:
@@ -278,6 +303,7 @@ class NetTrim(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Check on the first batch that calibration and a solve work."""
+        self._finetuning.observe(trainer)
         if self._pruning and not self._checked:
             self._checked = True
             self._trainer_pruning.check(trainer, pl_module, LoadedBatch(batch))
@@ -288,12 +314,17 @@ class NetTrim(Callback):
             masking.apply(pl_module, self.masks)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Prune the trained network, and validate it beside the dense one."""
+        """Prune the trained network, validate it beside the dense one, and train it on."""
         self._ended = True
         self._remove_hooks()
-        if self._pruning:
+        if self._finetuning.begun:
+            with self._postponed_failure(trainer):
+                self._publish_finetuned(trainer, pl_module)
+        elif self._pruning:
             with self._postponed_failure(trainer):
                 self._prune_trained(trainer, pl_module)
+            if self._finetuning.begun:
+                self._finetuning.run(trainer)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Warn if nothing was trained and therefore nothing pruned."""
@@ -357,6 +388,7 @@ class NetTrim(Callback):
         """Forget the state of the fit; an interrupted solve has restored the trained weights itself."""
         self._remove_hooks()
         self._reset()
+        self._finetuning.restore()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Release the folder, and raise a failure of pruning now that all others have finished."""
@@ -365,6 +397,7 @@ class NetTrim(Callback):
             run_folder.release(self.folder)
         self._remove_hooks()
         self._reset()
+        self._finetuning.restore()
         if failure is not None:
             raise failure
 
@@ -417,6 +450,31 @@ class NetTrim(Callback):
         self._prune(trainer, pl_module)
         if self.compare:
             self.metrics["pruned"] = run_validation(trainer, "pruned").logged
+        assert self.result is not None
+        if not self._finetuning.epochs or not self.result.sparsity:
+            self._publish(trainer)
+            self._finished = True
+            return
+        self._finetuning.begin(trainer, {"result": self.result.to_primitives(), "metrics": dict(self.metrics)})
+        if self.folder is not None:
+            trainer.save_checkpoint(self.folder / "pruned.ckpt", weights_only=False)
+
+    def _publish_finetuned(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validate and publish the fine-tuned network."""
+        assert self.result is not None
+        notes = (*self.result.notes, self._finetuning.line())
+        self._finetuning.end(trainer)
+        self._enforcing = False
+        masking.apply(pl_module, self.masks)
+        sparsity = masking.sparsity(dict(pl_module.named_parameters()))
+        self.result = replace(self.result, model_sparsity=sparsity, notes=notes)
+        if self.compare:
+            self.metrics["finetuned"] = run_validation(trainer, "finetuned").logged
+        weights = masking.tensors(pl_module)
+        publish_histograms(trainer, {"finetuned": {name: weights[name] for name in self.masks}})
+        if self.save and self.folder is None:
+            self.folder = run_folder.claim(trainer)
+        self._trainer_pruning.prepare(trainer, pl_module)
         self._publish(trainer)
         self._finished = True
 
@@ -459,7 +517,10 @@ class NetTrim(Callback):
         self._pruned.set(result.masks)
         checkpoints.share_with_averages(trainer, pl_module)
         after = masking.tensors(pl_module)
-        publish_histograms(trainer, *({name: side[name] for name in self.masks} for side in (before, after)))
+        sides = {"dense": before, "pruned": after}
+        publish_histograms(
+            trainer, {side: {name: weights[name] for name in self.masks} for side, weights in sides.items()}
+        )
 
     def _resume_store(self, trainer: pl.Trainer) -> Any:
         """What makes the store of finished layers, beside those of interrupted runs; ``None`` without a folder."""
@@ -480,6 +541,8 @@ class NetTrim(Callback):
             "calibration": self.calibration,
             "calibration_step": self._trainer_pruning.step_name,
             "checkpoint": self.checkpoint,
+            "finetune_epochs": self._finetuning.epochs,
+            "finetune_lr": self._finetuning.lr,
         }
         folder = self.folder if self.save else None
         compaction = self._trainer_pruning.report_compaction if self.config.budget.pattern.selects_units else None

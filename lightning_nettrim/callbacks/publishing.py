@@ -47,14 +47,13 @@ def publish(
     Args:
         trainer: of the pruned network.
         result: of pruning.
-        metrics: of the ``dense`` and the ``pruned`` network.
+        metrics: of the ``dense``, the ``pruned`` and, if there is one, the ``finetuned`` network.
         config: the options of pruning.
         arguments: further arguments of the callback, for the report.
         folder: of the files; ``None`` writes none.
         report_compaction: measures what the network without its unread units saves; ``None`` for other patterns.
     """
-    sides = (metrics.get("dense", {}), metrics.get("pruned", {}))
-    compared = comparison(*sides) if all(sides) else ""
+    compared = comparison(metrics) if len(metrics) > 1 and all(metrics.values()) else ""
     scalars = {f"nettrim/{r.name}/{key}": value for r in result.reports for key, value in r.scalars().items()}
     totals = {f"nettrim/total/{key}": value for key, value in result.total().items() if value is not None}
     for logger in trainer.loggers:
@@ -119,9 +118,14 @@ def _upload(trainer: pl.Trainer, folder: Path) -> None:
             rank_zero_warn(f"NetTrim: {type(logger).__name__} has not stored {folder} as an artifact: {error}")
 
 
-def publish_histograms(trainer: pl.Trainer, dense: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> None:
-    """Write the weights before and after as TensorBoard histograms of the sibling runs."""
-    for logger, (name, weights) in product(trainer.loggers, (("dense", dense), ("pruned", pruned))):
+def publish_histograms(trainer: pl.Trainer, weights_of: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Write weights as TensorBoard histograms of the sibling runs.
+
+    Args:
+        trainer: in a ``fit`` or a ``validate``.
+        weights_of: ``{sibling run: {parameter name: weight}}``.
+    """
+    for logger, (name, weights) in product(trainer.loggers, weights_of.items()):
         run = sibling(trainer, logger, name)
         if is_a(run, "TensorBoardLogger"):
             _write_histograms(run.experiment, weights, trainer.global_step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
@@ -89,6 +90,20 @@ class TrainerPruning:
         Raises:
             MisconfigurationException: if there are no calibration batches.
         """
+        first, batches = self._batches(trainer, pl_module)
+        source = CalibrationSource(
+            chain([first], batches), self._forward(trainer, pl_module, first), is_distributed(trainer)
+        )
+        return prune_model(pl_module, source, self._config, **more)
+
+    def prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Choose the step and load a batch as `prune` does, for a network that an earlier fit has pruned."""
+        if self._first is None:
+            with isolate_rng():
+                self._forward(trainer, pl_module, self._batches(trainer, pl_module)[0])
+
+    def _batches(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[LoadedBatch, Iterator[LoadedBatch]]:
+        """The first calibration batch, which is kept, and the others."""
         batches = calibration_batches(trainer, pl_module, self._calibration, self._config.num_samples)
         with processes_of(trainer, pl_module).raise_together():
             first = next(batches, None)
@@ -96,12 +111,11 @@ class TrainerPruning:
                 raise MisconfigurationException(
                     "NetTrim: expected batches to calibrate on, got none: the loader is empty"
                 )
-        forward, self._first = self._forward(trainer, pl_module, first), first
-        source = CalibrationSource(chain([first], batches), forward, is_distributed(trainer))
-        return prune_model(pl_module, source, self._config, **more)
+        self._first = first
+        return first, batches
 
     def report_compaction(self, pl_module: pl.LightningModule) -> CompactionReport:
-        """What the pruned module without its unread units saves; call it after `prune`."""
+        """What the pruned module without its unread units saves; call it after `prune` or `prepare`."""
         assert self._first is not None
         assert self._step is not None
         return report_compaction(pl_module, CalibrationBatch(self._first, self._step), BATCH_SIZES)

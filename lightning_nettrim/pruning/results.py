@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -191,6 +192,22 @@ class PruningResult:
         """The result of a dry run, in which nothing is pruned."""
         return cls((), skipped, {}, 0.0, 0.0, 0.0, None, 0.0, 0.0, 0.0)
 
+    def to_primitives(self) -> dict[str, Any]:
+        """Everything but the masks and the files, for a checkpoint."""
+        return asdict(replace(self, masks={}, reused=()))
+
+    @classmethod
+    def from_primitives(cls, values: Mapping[str, Any], masks: dict[str, Tensor]) -> PruningResult:
+        """The result whose `to_primitives` these are."""
+        recovery = values["recovery"]
+        parts = {
+            "reports": tuple(LayerReport(**each) for each in values["reports"]),
+            "skipped": tuple(SkippedLayer(**each) for each in values["skipped"]),
+            "trials": tuple(Trial(**each) for each in values["trials"]),
+            "recovery": None if recovery is None else RecoveryReport(**recovery),
+        }
+        return cls(**{**values, **parts, "masks": masks})
+
     def total(self) -> dict[str, float | None]:
         """The numbers of the whole network, by name."""
         names = (
@@ -254,10 +271,16 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def comparison(dense: Mapping[str, float], pruned: Mapping[str, float]) -> str:
-    """The metrics of both networks side by side."""
-    rows = [("metric", "dense", "pruned", "difference")]
-    for name in dense:
-        if name in pruned:
-            rows.append((name, f"{dense[name]:.4f}", f"{pruned[name]:.4f}", f"{pruned[name] - dense[name]:+.4f}"))
+def comparison(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    """The metrics that all networks have side by side, with the difference of the last one to the first.
+
+    Args:
+        metrics: of each network by its name.
+    """
+    first, *others = metrics.values()
+    rows = [("metric", *metrics, "difference")]
+    for name in first:
+        if all(name in other for other in others):
+            values = [side[name] for side in metrics.values()]
+            rows.append((name, *(f"{value:.4f}" for value in values), f"{values[-1] - values[0]:+.4f}"))
     return aligned(rows)

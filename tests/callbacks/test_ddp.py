@@ -57,6 +57,25 @@ def test_a_fit_under_ddp_prunes_to_the_network_of_a_single_device(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_pruned_network_is_fine_tuned_by_both_processes(tmp_path):
+    finished = fit(tmp_path / "2", 2, "finetune")
+    assert finished.returncode == 0, finished.stderr
+    (first, metrics), (second, others) = (torch.load(tmp_path / f"2/{rank}.pt") for rank in range(2))
+    (masks, steps), (other_masks, other_steps) = (torch.load(tmp_path / f"2/masks_{rank}.pt") for rank in range(2))
+    assert steps == other_steps == 3 * 4  # 4 batches in each process
+    for name in ddp_worker.Net().state_dict():
+        if "running" not in name:  # each process has its own statistics of a BatchNorm
+            assert torch.equal(first[name], second[name]), name
+    for name, mask in masks.items():
+        assert torch.equal(mask, other_masks[name])
+        assert torch.equal(first[name] != 0, mask)
+    assert metrics == others
+    assert metrics["finetuned"]["val_loss"] < metrics["pruned"]["val_loss"]
+    (written,) = tmp_path.glob("2/**/pruned.ckpt")
+    assert all(torch.equal(value, first[name]) for name, value in torch.load(written)["state_dict"].items())
+
+
+@pytest.mark.slow
 def test_a_process_that_exits_ends_a_fit_and_leaves_no_incomplete_file(tmp_path):
     finished = fit(tmp_path / "2", 2, "exit")
     assert finished.returncode != 0

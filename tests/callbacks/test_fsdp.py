@@ -81,6 +81,22 @@ def test_the_checkpoint_of_a_divided_network_holds_its_zeros(results, part):
         assert not result["pruned_again"]
 
 
+def test_a_divided_network_is_fine_tuned_and_resumed(tmp_path):
+    finished = run(tmp_path, "finetune")
+    assert finished.returncode == 0, finished.stderr
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
+    reference = found[0][0]
+    assert reference["metrics"]["finetuned"]["val_loss"] < reference["metrics"]["pruned"]["val_loss"]
+    for result in (each for both in found for each in both):
+        for name, mask in reference["masks"].items():
+            assert torch.equal(result["masks"][name], mask), name
+            assert torch.equal(result["state"][name] != 0, mask), name
+        assert all(torch.equal(result["state"][name], value) for name, value in reference["state"].items())
+        assert result["metrics"] == reference["metrics"]
+        assert (result["steps"], result["limit"]) == (reference["steps"], 1)
+        assert Path(result["file"]).is_dir()
+
+
 def test_tensor_parallelism_is_refused_by_name_before_training(tmp_path):
     finished = run(tmp_path, "tensor")
     assert finished.returncode != 0

@@ -130,9 +130,16 @@ def test_the_table_has_bound_memory_fallbacks_notes_and_trials():
 
 
 def test_a_comparison_has_the_difference_of_common_metrics():
-    lines = comparison({"acc": 0.98, "only": 1.0}, {"acc": 0.97}).splitlines()
+    lines = comparison({"dense": {"acc": 0.98, "only": 1.0}, "pruned": {"acc": 0.97}}).splitlines()
     assert len(lines) == 3
     assert lines[2].split() == ["acc", "0.9800", "0.9700", "-0.0100"]
+
+
+def test_a_comparison_of_several_networks_has_the_difference_of_the_last_one():
+    sides = {"dense": {"acc": 0.98}, "pruned": {"acc": 0.9}, "finetuned": {"acc": 0.97}}
+    head, _, row = comparison(sides).splitlines()
+    assert head.split() == ["metric", "dense", "pruned", "finetuned", "difference"]
+    assert row.split() == ["acc", "0.9800", "0.9000", "0.9700", "-0.0100"]
 
 
 def test_columns_are_aligned():
