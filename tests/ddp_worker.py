@@ -1,4 +1,4 @@
-"""A fit with NetTrim under Lightning's ``ddp``: ``python ddp_worker.py <folder> <devices> <part>``."""
+"""A fit with NetTrim under Lightning's ``ddp``: ``python ddp_worker.py <folder> <devices> <part>``, or `main`."""
 
 from __future__ import annotations
 

@@ -1,13 +1,8 @@
-"""What each process of the tests of distributed pruning does.
-
-``python distributed_worker.py <folder> <rank> <number of processes> <part>``, where a part is "cases", "errors" or
-"exit".
-"""
+"""What each process of the tests of distributed pruning does; a part is "cases", "errors" or "exit"."""
 
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -206,7 +201,3 @@ def main(folder: Path, rank: int, count: int, part: str) -> None:
     results = {"cases": run_cases, "errors": run_errors}[part](rank, count)
     torch.save(results, folder / f"{rank}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
