@@ -29,9 +29,11 @@ class ExitingSolver(Cardinality):
         return super().solve(problem, warm)
 
 
+FEW_STEPS = Cardinality(max_steps=20)
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mlp sparsity": ("mlp", {"sparsity": 0.7, "allocate": "uniform"}),
-    "mlp parallel 2:4": ("mlp", {"sparsity": 0.5, "pattern": "2:4", "scheme": "parallel"}),
+    "mlp sparsity": ("mlp", {"sparsity": 0.7, "allocate": "uniform", "solver": FEW_STEPS}),
+    "mlp parallel 2:4": ("mlp", {"sparsity": 0.5, "pattern": "2:4", "scheme": "parallel", "solver": FEW_STEPS}),
     "mlp epsilon": ("mlp", {"epsilon": 0.1, "solver": ADMM(tf32=True)}),
     "mlp sparsest within epsilon": ("mlp", {"epsilon": 0.3, "solver": Wanda()}),
     "mlp convex": ("mlp", {"sparsity": 0.5, "allocate": "uniform", "solver": ADMM(rtol=1e-2)}),
@@ -40,8 +42,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"sparsity": 0.5, "pattern": "per_neuron", "allocate": "uniform", "solver": Wanda(), "refit": False},
     ),
     "mlp sparsegpt": ("mlp", {"sparsity": 0.5, "allocate": "uniform", "solver": SparseGPT(), "refit": False}),
-    "mlp max_drop": ("mlp", {"max_drop": 0.05, "mode": "min", "allocate": "uniform"}),
-    "conv sparsity": ("conv", {"sparsity": 0.5, "allocate": "uniform"}),
+    "mlp max_drop": ("mlp", {"max_drop": 0.05, "mode": "min", "allocate": "uniform", "solver": FEW_STEPS}),
+    "conv sparsity": ("conv", {"sparsity": 0.5, "allocate": "uniform", "solver": FEW_STEPS}),
     "mlp units": ("mlp", {"sparsity": 0.5, "pattern": "units"}),
     "conv units": ("conv", {"macs": 0.5, "pattern": "units"}),
     "conv epsilon": ("conv", {"epsilon": 0.2, "solver": ADMM(rtol=1e-2, atol=1e-2)}),

@@ -91,7 +91,7 @@ def inputs() -> Tensor:
 
 def loader() -> DataLoader:
     """Data that a DistributedSampler distributes row by row."""
-    return DataLoader(TensorDataset(inputs()), batch_size=16)
+    return DataLoader(TensorDataset(inputs()), batch_size=64)
 
 
 class Module(pl.LightningModule):
@@ -197,7 +197,7 @@ def recovered(folder: Path, part: str) -> dict[str, Any]:
 
 def uneven_batches(rank: int) -> list[Tensor]:
     """All inputs, of which process 0 has three quarters in batches of another size."""
-    return [*inputs()[:192].split(24)] if rank == 0 else [*inputs()[192:].split(32)]
+    return [*inputs()[:192].split(48)] if rank == 0 else [*inputs()[192:].split(32)]
 
 
 def failing_batches(rank: int) -> Iterator[Tensor]:

@@ -164,7 +164,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_network_is_never_half_pruned(fault, tmp_path, monkeypatch, caplog, capsys):
-    model, callback = Net(), InjectsFault(sparsity=0.5, solver=Cardinality(max_steps=50))
+    model, callback = Net(), InjectsFault(sparsity=0.5, solver=Cardinality(max_steps=8))
     trainer = make_trainer(tmp_path, callback)
     handler, error, occurred = signal.getsignal(signal.SIGINT), "", []
     with monkeypatch.context() as patch:
@@ -286,7 +286,7 @@ def test_a_failure_after_training_loses_only_the_pruning(tmp_path, monkeypatch, 
             monkeypatch.setattr(source, name, raising(OSError("planned")))
 
     hooks, saver = EndHooks(), ModelCheckpoint(tmp_path / "user", save_last=True, monitor="val_loss")
-    callback, model = half(solver=Cardinality(max_steps=20), refit=True, save=save), MetricsNet()
+    callback, model = half(solver=Cardinality(max_steps=4), refit=True, save=save), MetricsNet()
     trainer = make_trainer(tmp_path, callback, FailAfterTraining(), hooks, saver, enable_checkpointing=True)
     if not save and name in ONLY_WITH_SAVE:
         trainer.fit(model)
