@@ -31,7 +31,7 @@ def delta(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder_of(delta, tmp_path_factory):
-    """A function that returns the folder of a recipe with a few epochs, which runs once; two blocks of transformer."""
+    """A function that returns the folder of a recipe, which runs once, with few epochs and two blocks of the ViT."""
     found = {}
 
     def of(name):

@@ -393,7 +393,7 @@ def encoded(batch):
 
 class Words(torch.utils.data.Dataset):
     def __len__(self):
-        return 48
+        return 24
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(index)
