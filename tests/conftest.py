@@ -1,5 +1,8 @@
 """Fixed seeds and few threads, so that a test gives the same numbers every time, beside others."""
 
+from __future__ import annotations
+
+import importlib
 import os
 
 import pytest
@@ -11,6 +14,14 @@ from recipes.data import MNIST
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _short_latencies():
+    """The latency of a compact network is measured for a shorter time; no test depends on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(importlib.import_module("lightning_nettrim.compaction.compact"), "MIN_SECONDS", 1e-3)
+        yield
 
 
 def pytest_configure(config):

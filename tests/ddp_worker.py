@@ -1,4 +1,4 @@
-"""A fit with NetTrim under Lightning's ``ddp``: ``python ddp_worker.py <folder> <devices> <part>``."""
+"""A fit with NetTrim under Lightning's ``ddp``: ``python ddp_worker.py <folder> <devices> <part>``, or `main`."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def loader() -> DataLoader:
     """Data that a DistributedSampler distributes row by row."""
     generator = torch.Generator().manual_seed(1)
     data = TensorDataset(torch.randn(SAMPLES, 12, generator=generator, dtype=torch.float64))
-    return DataLoader(data, batch_size=32)
+    return DataLoader(data, batch_size=64)
 
 
 def trainer(folder: Path, devices: int, name: str, callback: NetTrim) -> pl.Trainer:

@@ -1,13 +1,8 @@
-"""What each process of the tests of distributed pruning does.
-
-``python distributed_worker.py <folder> <rank> <number of processes> <part>``, where a part is "cases", "errors" or
-"exit".
-"""
+"""What each process of the tests of distributed pruning does; a part is "cases", "errors" or "exit"."""
 
 from __future__ import annotations
 
 import os
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,9 +29,11 @@ class ExitingSolver(Cardinality):
         return super().solve(problem, warm)
 
 
+FEW_STEPS = Cardinality(max_steps=20)
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mlp sparsity": ("mlp", {"sparsity": 0.7, "allocate": "uniform"}),
-    "mlp parallel 2:4": ("mlp", {"sparsity": 0.5, "pattern": "2:4", "scheme": "parallel"}),
+    "mlp sparsity": ("mlp", {"sparsity": 0.7, "allocate": "uniform", "solver": FEW_STEPS}),
+    "mlp parallel 2:4": ("mlp", {"sparsity": 0.5, "pattern": "2:4", "scheme": "parallel", "solver": FEW_STEPS}),
     "mlp epsilon": ("mlp", {"epsilon": 0.1, "solver": ADMM(tf32=True)}),
     "mlp sparsest within epsilon": ("mlp", {"epsilon": 0.3, "solver": Wanda()}),
     "mlp convex": ("mlp", {"sparsity": 0.5, "allocate": "uniform", "solver": ADMM(rtol=1e-2)}),
@@ -45,8 +42,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         {"sparsity": 0.5, "pattern": "per_neuron", "allocate": "uniform", "solver": Wanda(), "refit": False},
     ),
     "mlp sparsegpt": ("mlp", {"sparsity": 0.5, "allocate": "uniform", "solver": SparseGPT(), "refit": False}),
-    "mlp max_drop": ("mlp", {"max_drop": 0.05, "mode": "min", "allocate": "uniform"}),
-    "conv sparsity": ("conv", {"sparsity": 0.5, "allocate": "uniform"}),
+    "mlp max_drop": ("mlp", {"max_drop": 0.05, "mode": "min", "allocate": "uniform", "solver": FEW_STEPS}),
+    "conv sparsity": ("conv", {"sparsity": 0.5, "allocate": "uniform", "solver": FEW_STEPS}),
     "mlp units": ("mlp", {"sparsity": 0.5, "pattern": "units"}),
     "conv units": ("conv", {"macs": 0.5, "pattern": "units"}),
     "conv epsilon": ("conv", {"epsilon": 0.2, "solver": ADMM(rtol=1e-2, atol=1e-2)}),
@@ -206,7 +203,3 @@ def main(folder: Path, rank: int, count: int, part: str) -> None:
     results = {"cases": run_cases, "errors": run_errors}[part](rank, count)
     torch.save(results, folder / f"{rank}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,20 +1,19 @@
-"""Networks that FSDP2 divides among two processes: ``python fsdp_worker.py <folder> <part>``."""
+"""Networks that FSDP2 divides among two processes: what each process of a part of the tests does."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor, distributed, multiprocessing, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.utils.data import DataLoader, TensorDataset
@@ -23,7 +22,8 @@ from lightning_nettrim import Cardinality, Distillation, Magnitude, NetTrim, tri
 from lightning_nettrim.runtime.sharded import full, is_sharded
 
 SAMPLES = 256
-RECOVERY = Distillation(max_steps=24, check_every=8, lr=3e-3)
+STEPS = 30
+RECOVERY = Distillation(max_steps=8, check_every=4, lr=3e-3)
 REFUSED = ({}, {"distributed": True, "recover": Distillation(scope="block")})
 """Options of `trim` that a divided network does not allow."""
 
@@ -91,7 +91,7 @@ def inputs() -> Tensor:
 
 def loader() -> DataLoader:
     """Data that a DistributedSampler distributes row by row."""
-    return DataLoader(TensorDataset(inputs()), batch_size=16)
+    return DataLoader(TensorDataset(inputs()), batch_size=64)
 
 
 class Module(pl.LightningModule):
@@ -156,12 +156,23 @@ def whole_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def fit(folder: Path, part: str) -> None:
-    """Fit and prune, prune with all defaults and a recovery, and read the checkpoint."""
-    callback = NetTrim(sparsity=0.5, allocate="uniform", num_samples=SAMPLES)
+    """What a process of a Trainer does: its results for the tests that use this part."""
+    if part == "tensor":
+        trainer(folder, part, NetTrim(sparsity=0.5)).fit(module_of(part), loader(), loader())
+        return
+    results = {} if part == "ddp" else pruned(folder, part)
+    if part in ("ddp", "fsdp", "file"):
+        results |= recovered(folder, part)
+    torch.save(results, folder / f"{os.environ.get('LOCAL_RANK', 0)}.pt")
+
+
+def pruned(folder: Path, part: str) -> dict[str, Any]:
+    """Fit and prune, and read the checkpoint."""
+    callback = NetTrim(sparsity=0.5, allocate="uniform", solver=Cardinality(max_steps=STEPS), num_samples=SAMPLES)
     saver = ModelCheckpoint(monitor="val_loss", save_last=True)
     run, model = trainer(folder, part, callback, saver), module_of(part)
     run.fit(model, loader(), loader())
-    assert part == "single" or is_sharded(model) == (part != "ddp")
+    assert is_sharded(model) == (part != "single")
     results = {"uniform": whole_state(model), "metrics": callback.metrics, "masks": callback.masks}
     path = callback.folder / "pruned.ckpt"
     results["is_folder"] = path.is_dir()
@@ -170,15 +181,18 @@ def fit(folder: Path, part: str) -> None:
     again = trainer(folder, part, later)
     (results["read"],) = again.validate(model, loader(), ckpt_path=str(path), verbose=False)
     results["loaded"], results["pruned_again"] = whole_state(model), later.result is not None
+    return results
 
+
+def recovered(folder: Path, part: str) -> dict[str, Any]:
+    """Fit and prune with global allocation and a recovery."""
     best = NetTrim(
         sparsity=0.7, solver=Magnitude(), refit=False, recover=RECOVERY, num_samples=SAMPLES, checkpoint="best"
     )
     model = module_of(part)
     run = trainer(folder, part, best, ModelCheckpoint(monitor="val_loss"))
     run.fit(model, loader(), loader())
-    results["recovered"], results["recovery"] = whole_state(model), best.result.recovery.steps
-    torch.save(results, folder / f"{run.global_rank}.pt")
+    return {"recovered": whole_state(model), "recovery": best.result.recovery.steps}
 
 
 def fine_tune(folder: Path) -> None:
@@ -200,7 +214,7 @@ def fine_tune(folder: Path) -> None:
 
 def uneven_batches(rank: int) -> list[Tensor]:
     """All inputs, of which process 0 has three quarters in batches of another size."""
-    return [*inputs()[:192].split(24)] if rank == 0 else [*inputs()[192:].split(32)]
+    return [*inputs()[:192].split(48)] if rank == 0 else [*inputs()[192:].split(32)]
 
 
 def failing_batches(rank: int) -> Iterator[Tensor]:
@@ -228,11 +242,10 @@ class FailsInProcess1(nn.Module):
 def trim_in(rank: int, folder: Path, part: str) -> None:
     """What one process of ``trim`` does."""
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
-    torch.set_num_threads(1)
     arguments = {"sparsity": 0.5, "allocate": "uniform", "num_samples": SAMPLES}
     if part == "uneven":
         WithDividedWeights.network = model = shard(Network())
-        trim(model, uneven_batches(rank), distributed=True, solver=WithDividedWeights(), **arguments)
+        trim(model, uneven_batches(rank), distributed=True, solver=WithDividedWeights(max_steps=STEPS), **arguments)
         torch.save((whole_state(model), WithDividedWeights.count), folder / f"{rank}.pt")
         return
     model = FailsInProcess1() if part == "forward" else Network()
@@ -250,19 +263,3 @@ def trim_in(rank: int, folder: Path, part: str) -> None:
     torch.save(found, folder / f"{rank}.pt")
     if part == "forward":
         os._exit(0)  # the other process may be waiting for this one
-
-
-def main(folder: Path, part: str) -> None:
-    """Run a part; each process writes its results into the folder."""
-    if part in ("uneven", "loader", "forward", "refused"):
-        multiprocessing.spawn(trim_in, (folder, part), nprocs=2)
-    elif part == "finetune":
-        fine_tune(folder)
-    elif part == "tensor":
-        trainer(folder, part, NetTrim(sparsity=0.5)).fit(module_of(part), loader(), loader())
-    else:
-        fit(folder, part)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])

@@ -22,10 +22,10 @@ def accuracy(model, data):
         return float((model.eval()(images).argmax(1) == labels).double().mean())
 
 
-def fit(configs, folder, *options):
-    """Run the command of a recipe; its logs and files go into a folder."""
+def run(configs, folder, *options, command="fit"):
+    """Run a command on a recipe; its logs and files go into a folder."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setattr("sys.argv", ["nettrim"])
         arguments = [part for config in configs for part in ("--config", str(config))]
-        main(["fit", *arguments, f"--trainer.logger.init_args.save_dir={folder}", *options])
+        main([command, *arguments, f"--trainer.logger.init_args.save_dir={folder}", *options])

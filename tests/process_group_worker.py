@@ -1,19 +1,14 @@
-"""What each process of the tests of process groups does, and how two of them are started.
-
-``python process_group_worker.py <folder> <rank> <number of processes> <part>``, where a part is "group" or "solvers".
-"""
+"""What each process of the tests of process groups does; a part is "group" or "solvers"."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+from processes import run_processes
 from torch import distributed, nn
 
 from lightning_nettrim import Cardinality, LayerProblem, refit, solve_path
@@ -89,23 +84,8 @@ def group_results(processes: ProcessGroup) -> dict[str, Any]:
 
 def run_two_processes(folder: Path, part: str) -> list[Any]:
     """The results of a part in two processes."""
-    here = Path(__file__)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(here.parents[1])}
-    command = [sys.executable, str(here), str(folder)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), "2", part], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        printed = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    for process, text in zip(processes, printed, strict=True):
-        assert process.returncode == 0, text
+    for finished in run_processes(main, [(folder, rank, 2, part) for rank in range(2)], folder):
+        assert finished.returncode == 0, finished.printed
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -121,7 +101,3 @@ def main(folder: Path, rank: int, count: int, part: str) -> None:
         results["wrapped"] = message(lambda: TorchProcessGroup.of(wrapped))
     torch.save(results, folder / f"{rank}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,7 +1,7 @@
 """The command line: recipes run and are combined, configurations are printed, and wrong options are refused."""
 
 import json
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -153,9 +153,11 @@ def test_help_names_the_subcommands(capsys):
     assert all(name in text for name in SUBCOMMANDS)
 
 
-@pytest.mark.slow
-def test_the_module_can_be_run():
-    command = [sys.executable, "-m", "lightning_nettrim", "--help"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert all(name in done.stdout for name in SUBCOMMANDS)
+def test_the_module_can_be_run(monkeypatch, capsys):
+    """As by ``python -m lightning_nettrim --help``."""
+    monkeypatch.setattr(sys, "argv", ["lightning_nettrim", "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("lightning_nettrim", run_name="__main__", alter_sys=True)
+    assert ended.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in SUBCOMMANDS)

@@ -6,7 +6,7 @@ import copy
 import json
 
 import pytest
-from mnist import MARKS, ROOT, accuracy, fit
+from mnist import MARKS, ROOT, accuracy, run
 
 from lightning_nettrim import Magnitude, SparseGPT, Wanda, load_compact, trim
 from lightning_nettrim.calibration.batch import CalibrationBatch
@@ -16,23 +16,49 @@ from recipes.models import LeNet5, ResNet, ViT
 pytestmark = MARKS
 
 
-@pytest.fixture(scope="module", params=["lenet5", "resnet", "vit"])
-def recipe(request, data, tmp_path_factory):
-    """A recipe with two or three epochs, 2048 samples and two blocks of the transformer.
+EPOCHS = {"lenet5": 1, "resnet": 2, "vit": 3}
+KINDS = {"lenet5": LeNet5, "resnet": ResNet, "vit": ViT}
 
-    Returns its name, its folder, its pruned and its dense network.
-    """
-    name, folder = request.param, tmp_path_factory.mktemp(request.param)
-    arguments = {"class_path": "lightning_nettrim.NetTrim", "init_args": {"num_samples": 2048}}
-    (folder / "delta.yaml").write_text(json.dumps({"trainer": {"callbacks": [arguments]}}))
-    configs = [ROOT / "recipes" / f"mnist_{name}.yaml", folder / "delta.yaml"]
-    epochs, depth = (3, ["--model.init_args.depth=2"]) if name == "vit" else (2, [])
-    fit(configs, folder, f"--trainer.max_epochs={epochs}", *depth)
-    version = folder / f"mnist_{name}" / "version_0"
-    kind = {"lenet5": LeNet5, "resnet": ResNet, "vit": ViT}[name]
-    (checkpoint,) = (version / "checkpoints").glob("*.ckpt")
-    networks = (kind.load_from_checkpoint(p, map_location="cpu") for p in (version / "nettrim/pruned.ckpt", checkpoint))
-    return name, version / "nettrim", *networks
+
+@pytest.fixture(scope="module")
+def delta(tmp_path_factory):
+    """The path of a configuration with 1024 calibration samples."""
+    path = tmp_path_factory.mktemp("delta") / "delta.yaml"
+    arguments = {"class_path": "lightning_nettrim.NetTrim", "init_args": {"num_samples": 1024}}
+    path.write_text(json.dumps({"trainer": {"callbacks": [arguments]}}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder_of(delta, tmp_path_factory):
+    """A function that returns the folder of a recipe, which runs once, with few epochs and two blocks of the ViT."""
+    found = {}
+
+    def of(name):
+        if name not in found:
+            folder = tmp_path_factory.mktemp(name)
+            depth = ["--model.init_args.depth=2"] if name == "vit" else []
+            run(
+                [ROOT / "recipes" / f"mnist_{name}.yaml", delta], folder, f"--trainer.max_epochs={EPOCHS[name]}", *depth
+            )
+            found[name] = folder / f"mnist_{name}" / "version_0"
+        return found[name]
+
+    return of
+
+
+def checkpoint_of(folder):
+    """The checkpoint of the dense network."""
+    (checkpoint,) = (folder / "checkpoints").glob("*.ckpt")
+    return checkpoint
+
+
+@pytest.fixture(params=KINDS)
+def recipe(request, data, folder_of):
+    """The name of a recipe, its folder, its pruned and its dense network."""
+    name, folder = request.param, folder_of(request.param)
+    files = folder / "nettrim/pruned.ckpt", checkpoint_of(folder)
+    return name, folder / "nettrim", *(KINDS[name].load_from_checkpoint(file, map_location="cpu") for file in files)
 
 
 EXPECTED = {"lenet5": (0.9, 0.98, 0.003), "resnet": (0.8, 0.98, 0.01), "vit": (0.5, 0.95, 0.005)}
@@ -54,7 +80,7 @@ def test_convolutions_and_attention_are_pruned_by_their_recipes(recipe, data):
 
 def test_recipes_have_a_higher_accuracy_than_the_baselines_at_the_same_sparsity(recipe, data):
     name, _, pruned, dense = recipe
-    images, sparsity = data.train.tensors[0][:2048], EXPECTED[name][0]
+    images, sparsity = data.train.tensors[0][:1024], EXPECTED[name][0]
     ours = accuracy(pruned, data)
     for solver, options in (
         (Magnitude(), {"refit": False, "allocate": "magnitude"}),
@@ -66,8 +92,10 @@ def test_recipes_have_a_higher_accuracy_than_the_baselines_at_the_same_sparsity(
         assert accuracy(network, data) < ours
 
 
-def test_the_recipe_of_units_writes_a_network_of_half_the_operations(data, tmp_path):
-    fit([ROOT / "recipes/mnist_units.yaml"], tmp_path, "--trainer.max_epochs=2")
+def test_the_recipe_of_units_writes_a_network_of_half_the_operations(data, delta, folder_of, tmp_path):
+    """On the dense network of the other recipe of this network, which is trained by the same options."""
+    options = f"--ckpt_path={checkpoint_of(folder_of('resnet'))}"
+    run([ROOT / "recipes/mnist_units.yaml", delta], tmp_path, options, command="validate")
     version = tmp_path / "mnist_units" / "version_0"
     pruned = ResNet.load_from_checkpoint(version / "nettrim/pruned.ckpt", map_location="cpu").eval()
     small = load_compact(ResNet(), version / "nettrim/compact.safetensors").eval()

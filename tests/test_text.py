@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pydoc_data import topics
 
 import lightning.pytorch as pl
@@ -11,6 +12,7 @@ import torch
 import yaml
 
 from benchmarks import llama, run
+from lightning_nettrim import Cardinality
 from lightning_nettrim.cli import main
 from recipes.text import CharLlama, Topics, rotate
 from tests.mnist import ROOT
@@ -153,6 +155,11 @@ def test_the_command_prints_a_table_and_writes_its_file(short, tmp_path, monkeyp
     tiny["model"]["init_args"], tiny["data"]["init_args"] = TINY, {"length": 8, "batch_size": 1000}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tiny))
     monkeypatch.setattr(llama, "RECIPE", tmp_path / "tiny.yaml")
+    for method, options in llama.METHODS.items():
+        short_options = {"solver": Cardinality(max_steps=4)} | options
+        if "recover" in options:
+            short_options["recover"] = replace(options["recover"], max_steps=4)
+        monkeypatch.setitem(llama.METHODS, method, short_options)
     settings = ["--out", str(tmp_path / "out"), "--epochs", "1", "--samples", "40", "--budgets", "0.7"]
     run.main(["llama", *settings])
     printed = capsys.readouterr().out

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_nettrim.core.activation import Rectifier
@@ -109,7 +108,9 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation and record it as a use of the followed tensors that it reads."""
         kwargs = kwargs or {}
-        read = {id(leaf): leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)}
+        if not self._followed:
+            return func(*args, **kwargs)
+        read = {id(tensor): tensor for tensor in _tensors((args, kwargs))}
         followed = [(tensor, values) for tensor in read.values() if (values := self._values(tensor))]
         name = func._schema.name.removeprefix("aten::")
         if not followed:
@@ -181,6 +182,15 @@ class Tracer(TorchDispatchMode):
         for other in [*self._followed]:
             if other.untyped_storage().data_ptr() == address:
                 del self._followed[other]
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of an operation."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple | list | dict):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
 
 
 def is_residual_sum(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

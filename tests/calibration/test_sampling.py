@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from processes import run_processes
 from torch import nn
 
 from lightning_nettrim.calibration.reservoir import Reservoir
 from lightning_nettrim.calibration.sampling import sample_inputs
 from lightning_nettrim.runtime.distributed import ProcessGroup
+from lightning_nettrim.runtime.memory import MemoryMeter
 
 
 def inputs_of(calibration_set):
@@ -189,19 +188,17 @@ def test_processes_that_run_together_have_equally_many_batches(batches, expected
     assert torch.equal(inputs_of(calibration_set), x[:kept])
 
 
-SAMPLE_LARGE_INPUTS = """
-import torch
-from lightning_nettrim.calibration.sampling import sample_inputs
-from lightning_nettrim.runtime.memory import MemoryMeter
-meter = MemoryMeter(torch.device("cpu"))
-batches = (torch.ones(32, 3 * 224 * 224) for _ in range(40))
-calibration_set = sample_inputs(torch.nn.Identity(), batches, 1280, 0)
-print(meter.read_peak())
-"""
+def sample_large_inputs():
+    """Sample 735 MiB and print the peak of the memory."""
+    meter = MemoryMeter(torch.device("cpu"))
+    batches = (torch.ones(32, 3 * 224 * 224) for _ in range(40))
+    calibration_set = sample_inputs(nn.Identity(), batches, 1280, 0)
+    print(meter.read_peak())
+    del calibration_set
 
 
 @pytest.mark.slow
-def test_memory_between_stored_inputs_is_returned_to_the_system():
+def test_memory_between_stored_inputs_is_returned_to_the_system(tmp_path):
     """In a process of its own, where no other memory is freed at the same time."""
-    done = subprocess.run([sys.executable, "-c", SAMPLE_LARGE_INPUTS], check=True, capture_output=True, text=True)
-    assert 735 <= int(done.stdout) / 2**20 < 1.4 * 735
+    (done,) = run_processes(sample_large_inputs, [()], tmp_path)
+    assert 735 <= int(done.printed) / 2**20 < 1.4 * 735

@@ -393,7 +393,7 @@ def encoded(batch):
 
 class Words(torch.utils.data.Dataset):
     def __len__(self):
-        return 48
+        return 24
 
     def __getitem__(self, index):
         generator = torch.Generator().manual_seed(index)
@@ -457,7 +457,7 @@ def test_modules_of_many_forms_are_pruned(tmp_path, kind, data, step):
     model = kind()
     requested = "predict_step" if step == "predict_step" else None
     callback = NetTrim(
-        sparsity=0.5, allocate="uniform", calibration_step=requested, max_rows=512, solver=Cardinality(max_steps=20)
+        sparsity=0.5, allocate="uniform", calibration_step=requested, max_rows=512, solver=Cardinality(max_steps=5)
     )
     attributes = {*vars(model)}
     watch = Watch()
@@ -494,7 +494,7 @@ def test_an_optional_argument_is_passed(tmp_path, form):
     model = OptionalScale()
     x_train, s_train, y_train = rows(1, 2000)
     data = DataLoader([form(*row) for row in zip(3 * x_train, s_train / 3, y_train, strict=True)], batch_size=100)
-    callback = NetTrim(sparsity=0.5, allocate="uniform")
+    callback = NetTrim(sparsity=0.5, allocate="uniform", solver=Cardinality(max_steps=20))
     watch = Watch()
     make_trainer(tmp_path, watch, callback, max_epochs=20).fit(model, data)
     pruned = accuracy(model, 3 * x, scale / 3)

@@ -1,13 +1,13 @@
 """Checkpoints of pruned networks: what they contain, where they can be loaded, and which ones are refused."""
 
-import subprocess
+import importlib
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from processes import run_processes
 from trainers import (
     LIGHTNING_WARNINGS,
     MetricsNet,
@@ -21,32 +21,31 @@ from trainers import (
     val_data,
 )
 
+from recipes.models import MLP
+
 pytestmark = LIGHTNING_WARNINGS
 
-ROOT = Path(__file__).parents[2]
+
+def load_without_the_package(path, out, x):
+    """Load a checkpoint in a process in which no module of the package can be imported, and save what it computes."""
+    for name in ["lightning_nettrim", *sys.modules]:
+        if name.split(".")[0] == "lightning_nettrim":
+            sys.modules[name] = None
+    with pytest.raises(ImportError):
+        importlib.import_module("lightning_nettrim.pruning")
+    model = MLP.load_from_checkpoint(path).eval()
+    torch.save({"state": model.state_dict(), "y": model(x).detach()}, out)
 
 
 @pytest.mark.slow
-def test_checkpoint_loads_where_the_package_is_not_installed(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-    from recipes.models import MLP
-
+def test_checkpoint_loads_where_the_package_is_not_installed(tmp_path):
     model = MLP(sizes=[8, 16, 3])
     make_trainer(tmp_path, half()).fit(model, train_data(), val_data())
     x = torch.linspace(-1, 1, 32).reshape(4, 8)
-    code = (
-        "import sys, torch\n"
-        "sys.modules['lightning_nettrim'] = None\n"
-        "from recipes.models import MLP\n"
-        "path, out = sys.argv[1:]\n"
-        "model = MLP.load_from_checkpoint(path).eval()\n"
-        "x = torch.linspace(-1, 1, 32).reshape(4, 8)\n"
-        "torch.save({'state': model.state_dict(), 'y': model(x).detach()}, out)\n"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path / "nettrim/pruned.ckpt"), str(tmp_path / "out.pt")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    loaded = torch.load(tmp_path / "out.pt", weights_only=True)
+    files = tmp_path / "nettrim/pruned.ckpt", tmp_path / "out.pt"
+    (finished,) = run_processes(load_without_the_package, [(*files, x)], tmp_path)
+    assert finished.returncode == 0, finished.printed
+    loaded = torch.load(files[1], weights_only=True)
     assert equal_states(loaded["state"], copy_state(model))
     assert torch.equal(loaded["y"], model.eval()(x).detach())
 

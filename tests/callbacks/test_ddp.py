@@ -14,6 +14,7 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from processes import run_ranks
 from safetensors.torch import load_file
 
 from lightning_nettrim import NetTrim
@@ -22,18 +23,13 @@ WORKER = Path(ddp_worker.__file__)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])}
 
 
-def fit(folder: Path, devices: int, part: str) -> subprocess.CompletedProcess[str]:
-    """A fit under Lightning, which starts the second process itself, when it has ended."""
-    folder.mkdir()
-    command = [sys.executable, str(WORKER), str(folder), str(devices), part]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
-
-
 @pytest.mark.slow
 def test_a_fit_under_ddp_prunes_to_the_network_of_a_single_device(tmp_path):
     for devices in (1, 2):
-        finished = fit(tmp_path / str(devices), devices, "prune")
-        assert finished.returncode == 0, finished.stderr
+        folder = tmp_path / str(devices)
+        folder.mkdir()
+        for finished in run_ranks(ddp_worker.main, (folder, devices, "prune"), devices, folder):
+            assert finished.returncode == 0, finished.printed
     (one, metrics), (first, averages), (second, others) = (
         torch.load(tmp_path / devices / f"{rank}.pt") for devices, rank in (("1", 0), ("2", 0), ("2", 1))
     )
@@ -58,8 +54,9 @@ def test_a_fit_under_ddp_prunes_to_the_network_of_a_single_device(tmp_path):
 
 @pytest.mark.slow
 def test_the_pruned_network_is_fine_tuned_by_both_processes(tmp_path):
-    finished = fit(tmp_path / "2", 2, "finetune")
-    assert finished.returncode == 0, finished.stderr
+    (tmp_path / "2").mkdir()
+    for finished in run_ranks(ddp_worker.main, (tmp_path / "2", 2, "finetune"), 2, tmp_path / "2"):
+        assert finished.returncode == 0, finished.printed
     (first, metrics), (second, others) = (torch.load(tmp_path / f"2/{rank}.pt") for rank in range(2))
     (masks, steps), (other_masks, other_steps) = (torch.load(tmp_path / f"2/masks_{rank}.pt") for rank in range(2))
     assert steps == other_steps == 3 * 4  # 4 batches in each process
@@ -77,14 +74,16 @@ def test_the_pruned_network_is_fine_tuned_by_both_processes(tmp_path):
 
 @pytest.mark.slow
 def test_a_process_that_exits_ends_a_fit_and_leaves_no_incomplete_file(tmp_path):
-    finished = fit(tmp_path / "2", 2, "exit")
+    """Lightning starts the second process itself."""
+    command = [sys.executable, str(WORKER), str(tmp_path), "2", "exit"]
+    finished = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=180)
     assert finished.returncode != 0
     assert "RuntimeError: expected 2 processes to continue together" in finished.stderr
-    for file in (file for file in tmp_path.glob("2/**/nettrim/**/*") if file.is_file()):
+    for file in (file for file in tmp_path.glob("**/nettrim/**/*") if file.is_file()):
         if file.name not in ("dense.ckpt", "running"):
             assert file.parent.name == "layers"
             load_file(file)
-    assert not list(tmp_path.glob("2/*.pt"))
+    assert not list(tmp_path.glob("*.pt"))
 
 
 class DeepSpeedStrategy(DDPStrategy):

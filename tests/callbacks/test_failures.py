@@ -164,8 +164,8 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_network_is_never_half_pruned(fault, tmp_path, monkeypatch, caplog, capsys):
-    model, callback = Net(), InjectsFault(sparsity=0.5, solver=Cardinality(max_steps=50))
-    trainer = make_trainer(tmp_path, callback)
+    model, callback = Net(), InjectsFault(sparsity=0.5, solver=Cardinality(max_steps=8))
+    trainer = make_trainer(tmp_path, callback, max_epochs=1)
     handler, error, occurred = signal.getsignal(signal.SIGINT), "", []
     with monkeypatch.context() as patch:
         callback.inject = partial(FAULTS[fault], patch, tmp_path, occurred)
@@ -193,7 +193,7 @@ def test_a_network_is_never_half_pruned(fault, tmp_path, monkeypatch, caplog, ca
         assert callback.result is not None
     assert not list(tmp_path.rglob("*.partial"))
     again, other = half(), Net() if callback.result is not None else model.train()
-    make_trainer(tmp_path / "again", again).fit(other, train_data(), val_data())
+    make_trainer(tmp_path / "again", again, max_epochs=1).fit(other, train_data(), val_data())
     assert again.result is not None
 
 
@@ -286,8 +286,10 @@ def test_a_failure_after_training_loses_only_the_pruning(tmp_path, monkeypatch, 
             monkeypatch.setattr(source, name, raising(OSError("planned")))
 
     hooks, saver = EndHooks(), ModelCheckpoint(tmp_path / "user", save_last=True, monitor="val_loss")
-    callback, model = half(solver=Cardinality(max_steps=20), refit=True, save=save), MetricsNet()
-    trainer = make_trainer(tmp_path, callback, FailAfterTraining(), hooks, saver, enable_checkpointing=True)
+    callback, model = half(solver=Cardinality(max_steps=4), refit=True, save=save), MetricsNet()
+    trainer = make_trainer(
+        tmp_path, callback, FailAfterTraining(), hooks, saver, max_epochs=1, enable_checkpointing=True
+    )
     if not save and name in ONLY_WITH_SAVE:
         trainer.fit(model)
         assert callback.result is not None
@@ -306,7 +308,7 @@ def test_a_failure_after_training_loses_only_the_pruning(tmp_path, monkeypatch, 
     if callback.result is None:
         assert all(torch.equal(model.state_dict()[key], value) for key, value in hooks.trained.items())
     assert not has_hooks(model)
-    make_trainer(tmp_path, again := half()).fit(MetricsNet())
+    make_trainer(tmp_path, again := half(), max_epochs=1).fit(MetricsNet())
     assert again.result.sparsity == 0.5
 
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import fsdp_worker
 import pytest
 import torch
+from processes import Finished, run_processes, run_ranks
 
-WORKER = Path(fsdp_worker.__file__)
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])}
+from lightning_nettrim import Cardinality
+
 PARTS = ("fsdp", "file", "world")
 
 pytestmark = [
@@ -23,11 +21,15 @@ pytestmark = [
 ]
 
 
-def run(folder: Path, part: str) -> subprocess.CompletedProcess[str]:
-    """A part of the worker, which starts the second process itself, when it has ended."""
+def fit(folder: Path, part: str) -> list[Finished]:
+    """The processes of a Trainer, when they have ended."""
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, str(WORKER), str(folder), part]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=600)
+    return run_ranks(fsdp_worker.fit, (folder, part), 1 if part == "single" else 2, folder)
+
+
+def trim(folder: Path, part: str) -> list[Finished]:
+    """Two processes of ``trim``, when they have ended."""
+    return run_processes(fsdp_worker.trim_in, [(rank, folder, part) for rank in range(2)], folder)
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +39,11 @@ def results(tmp_path_factory):
 
     def of(part: str) -> list[dict]:
         if part not in found:
-            finished = run(root / part, part)
-            assert finished.returncode == 0, finished.stderr
-            ranks = range(1 if part == "single" else 2)
-            found[part] = [torch.load(root / part / f"{rank}.pt", weights_only=False) for rank in ranks]
+            processes = fit(root / part, part)
+            for finished in processes:
+                assert finished.returncode == 0, finished.printed
+            files = [root / part / f"{rank}.pt" for rank in range(len(processes))]
+            found[part] = [torch.load(file, weights_only=False) for file in files]
         return found[part]
 
     return of
@@ -82,8 +85,8 @@ def test_the_checkpoint_of_a_divided_network_holds_its_zeros(results, part):
 
 
 def test_a_divided_network_is_fine_tuned_and_resumed(tmp_path):
-    finished = run(tmp_path, "finetune")
-    assert finished.returncode == 0, finished.stderr
+    for finished in run_ranks(fsdp_worker.fine_tune, (tmp_path,), 2, tmp_path):
+        assert finished.returncode == 0, finished.printed
     found = [torch.load(tmp_path / f"{rank}.pt", weights_only=False) for rank in range(2)]
     reference = found[0][0]
     assert reference["metrics"]["finetuned"]["val_loss"] < reference["metrics"]["pruned"]["val_loss"]
@@ -98,19 +101,22 @@ def test_a_divided_network_is_fine_tuned_and_resumed(tmp_path):
 
 
 def test_tensor_parallelism_is_refused_by_name_before_training(tmp_path):
-    finished = run(tmp_path, "tensor")
-    assert finished.returncode != 0
     message = "network.head.bias: expected parameters that only FSDP2 (fully_shard) divides, got tensor parallelism"
-    assert message in finished.stderr
+    for finished in fit(tmp_path, "tensor"):
+        assert finished.returncode != 0
+        assert message in finished.printed
     assert not list(tmp_path.glob("**/*.ckpt"))
 
 
 def test_processes_with_different_numbers_of_batches_prune_to_the_network_of_one_process(tmp_path):
-    finished = run(tmp_path, "uneven")
-    assert finished.returncode == 0, finished.stderr
+    for finished in trim(tmp_path, "uneven"):
+        assert finished.returncode == 0, finished.printed
     reference = fsdp_worker.Network()
     batches = [batch for rank in range(2) for batch in fsdp_worker.uneven_batches(rank)]
-    fsdp_worker.trim(reference, batches, sparsity=0.5, allocate="uniform", num_samples=fsdp_worker.SAMPLES)
+    fsdp_worker.trim(
+        reference, batches, sparsity=0.5, allocate="uniform", solver=Cardinality(max_steps=fsdp_worker.STEPS),
+        num_samples=fsdp_worker.SAMPLES,
+    )  # fmt: skip
     for rank in range(2):
         state, solved_while_divided = torch.load(tmp_path / f"{rank}.pt")
         assert_equal(state, reference.state_dict())
@@ -118,8 +124,8 @@ def test_processes_with_different_numbers_of_batches_prune_to_the_network_of_one
 
 
 def test_an_error_in_one_process_ends_both(tmp_path):
-    finished = run(tmp_path, "loader")
-    assert finished.returncode == 0, finished.stderr
+    for finished in trim(tmp_path, "loader"):
+        assert finished.returncode == 0, finished.printed
     ((first, unchanged),), ((second, other_unchanged),) = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert first == "RuntimeError: process 1 of 2 failed, so this one stops as well: OSError: the disk is gone"
     assert second == "OSError: the disk is gone"
@@ -128,14 +134,14 @@ def test_an_error_in_one_process_ends_both(tmp_path):
 
 
 def test_an_error_in_a_forward_pass_is_raised_before_the_process_waits_for_others(tmp_path):
-    run(tmp_path, "forward")
+    trim(tmp_path, "forward")
     ((message, _),) = torch.load(tmp_path / "1.pt")
     assert "a value is out of range" in message
 
 
 def test_options_that_a_divided_network_does_not_allow_are_refused(tmp_path):
-    finished = run(tmp_path, "refused")
-    assert finished.returncode == 0, finished.stderr
+    for finished in trim(tmp_path, "refused"):
+        assert finished.returncode == 0, finished.printed
     expected = (
         "distributed: expected True for a model whose parameters are divided among processes, got False",
         "recover: expected scope='network' for parameters that are divided among processes, got 'block'",

@@ -2,47 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import distributed_worker
 import pytest
 import torch
+from processes import Finished, run_processes
 
 from lightning_nettrim import trim
 
-WORKER = Path(distributed_worker.__file__)
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parents[1])}
 
-
-def run_two_processes(folder: Path, part: str) -> list[subprocess.CompletedProcess[str]]:
+def run_two_processes(folder: Path, part: str) -> list[Finished]:
     """Two processes of a part, when both have ended."""
-    command = [sys.executable, str(WORKER), str(folder)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), "2", part], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    try:
-        printed = [process.communicate(timeout=180)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, text)
-        for process, text in zip(processes, printed, strict=True)
-    ]
+    return run_processes(distributed_worker.main, [(folder, rank, 2, part) for rank in range(2)], folder)
 
 
 def results_of(folder: Path, part: str) -> list[dict]:
     """The results of a part in both processes."""
     for process in run_two_processes(folder, part):
-        assert process.returncode == 0, process.stdout
+        assert process.returncode == 0, process.printed
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
@@ -120,9 +99,9 @@ def test_a_process_that_exits_ends_the_others(tmp_path):
     survivor, exited = run_two_processes(tmp_path, "exit")
     assert exited.returncode == 7
     assert survivor.returncode == 1
-    assert "RuntimeError: expected 2 processes to continue together" in survivor.stdout
-    assert "another process has ended" in survivor.stdout
-    assert "while solving 2: all of 0, 2, 4 have their trained weights again" in survivor.stdout
+    assert "RuntimeError: expected 2 processes to continue together" in survivor.printed
+    assert "another process has ended" in survivor.printed
+    assert "while solving 2: all of 0, 2, 4 have their trained weights again" in survivor.printed
 
 
 def test_a_process_group_is_required():

@@ -8,7 +8,8 @@ import json
 import lightning.pytorch as pl
 import pytest
 import torch
-from mnist import MARKS, ROOT, accuracy, fit
+from mnist import MARKS, ROOT, accuracy
+from mnist import run as run_recipe
 
 from lightning_nettrim import Magnitude, NetTrim, SparseGPT, Wanda, trim
 from recipes.models import MLP
@@ -20,7 +21,7 @@ pytestmark = MARKS
 def run(data, tmp_path_factory):
     """The folder that the recipe's own command has written."""
     folder = tmp_path_factory.mktemp("mnist")
-    fit([ROOT / "recipes" / "mnist_lenet300.yaml"], folder)
+    run_recipe([ROOT / "recipes" / "mnist_lenet300.yaml"], folder)
     return folder / "mnist_lenet300" / "version_0" / "nettrim"
 
 

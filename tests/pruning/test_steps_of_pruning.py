@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import errno
-import multiprocessing
 import signal
 import time
 
@@ -20,6 +19,7 @@ from networks import (
     mlp_batches,
     outputs,
 )
+from processes import CONTEXT
 from torch import nn
 
 from lightning_nettrim import ADMM, CalibrationSource, Cardinality, PruningConfig, prune_model, trim
@@ -297,11 +297,8 @@ def prune_and_save(folder, path):
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_at_ten_moments_ends_with_the_same_network(tmp_path):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_nettrim", "pytest"])
-
     def started(*arguments):
-        process = context.Process(target=prune_and_save, args=arguments)
+        process = CONTEXT.Process(target=prune_and_save, args=arguments)
         process.start()
         return process
 

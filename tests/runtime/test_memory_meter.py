@@ -2,33 +2,30 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from processes import run_processes
 
 from lightning_nettrim.runtime.distributed import DistributedOutOfMemory, ProcessGroup
 from lightning_nettrim.runtime.memory import MemoryMeter, available_memory, retry_with_less
 
 MIB = 2**20
 
-MEASURE = """
-import torch
-from lightning_nettrim.runtime.memory import MemoryMeter
-meter = MemoryMeter(torch.device("cpu"))
-before = meter.read_peak()
-block = torch.ones(64 * 2**20 // 4)
-del block
-print(before, meter.read_peak(), meter.read_peak(), meter.peak)
-"""
+
+def measure():
+    """Print the peaks before, with and after a block of 64 MiB, and the largest one."""
+    meter = MemoryMeter(torch.device("cpu"))
+    before = meter.read_peak()
+    block = torch.ones(64 * MIB // 4)
+    del block
+    print(before, meter.read_peak(), meter.read_peak(), meter.peak)
 
 
 @pytest.mark.slow
-def test_the_peak_includes_memory_that_was_freed_again():
+def test_the_peak_includes_memory_that_was_freed_again(tmp_path):
     """In a process of its own, where no other memory is freed at the same time."""
-    done = subprocess.run([sys.executable, "-c", MEASURE], check=True, capture_output=True, text=True)
-    before, used, after, peak = (int(word) / MIB for word in done.stdout.split())
+    (done,) = run_processes(measure, [()], tmp_path)
+    before, used, after, peak = (int(word) / MIB for word in done.printed.split())
     assert before < 8
     assert 60 < used < 80
     assert after < 16
