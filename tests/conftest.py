@@ -20,7 +20,7 @@ def _seed():
 def _short_latencies():
     """The latency of a compact network is measured for a shorter time; no test depends on it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(importlib.import_module("lightning_nettrim.compaction.compact"), "MIN_SECONDS", 1e-3)
+        patch.setattr(importlib.import_module("lightning_nettrim.pruning.units.latency"), "MIN_SECONDS", 1e-3)
         yield
 
 

@@ -59,7 +59,7 @@ def test_the_pruned_network_is_fine_tuned_by_both_processes(tmp_path):
         assert finished.returncode == 0, finished.printed
     (first, metrics), (second, others) = (torch.load(tmp_path / f"2/{rank}.pt") for rank in range(2))
     (masks, steps), (other_masks, other_steps) = (torch.load(tmp_path / f"2/masks_{rank}.pt") for rank in range(2))
-    assert steps == other_steps == 3 * 4  # 4 batches in each process
+    assert steps == other_steps == 3 * 2  # 2 batches in each process
     for name in ddp_worker.Net().state_dict():
         if "running" not in name:  # each process has its own statistics of a BatchNorm
             assert torch.equal(first[name], second[name]), name
