@@ -112,7 +112,9 @@ class FineTuning:
         """Run the epochs, with ``on_train_start`` and ``on_train_end`` of everything that takes part."""
         self._extend(trainer)
         self._set_aside(trainer)
-        trainer.fit_loop.run()
+        loop: Any = trainer.fit_loop
+        loop.restarting = loop._resuming_from_checkpoint = False  # they are set if it was resumed after its last batch
+        loop.run()
 
     def start(self, trainer: pl.Trainer) -> None:
         """In ``on_train_start``: set the learning rates and suspend the schedulers."""

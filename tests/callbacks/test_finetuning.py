@@ -379,6 +379,21 @@ def test_an_interrupted_fit_is_resumed_to_the_same_network(tmp_path, at, options
     assert one["optimizer_states"][0]["param_groups"] == other["optimizer_states"][0]["param_groups"]
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
+@pytest.mark.parametrize("step", [9, 12, 15, 24])
+def test_a_fit_is_resumed_from_a_checkpoint_of_any_step(tmp_path, step):
+    saver = ModelCheckpoint(tmp_path / "steps", every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    make_trainer(tmp_path, finetuned(), saver, enable_checkpointing=True).fit(Net(), train_data(), val_data())
+    again = finetuned()
+    trainer = make_trainer(tmp_path, again)
+    trainer.fit(model := Net(), train_data(), val_data(), ckpt_path=tmp_path / f"steps/step={step}.ckpt")
+    assert (trainer.global_step, trainer.current_epoch) == (24, 4)
+    assert list(again.metrics) == ["dense", "pruned", "finetuned"]
+    assert pruned_by_half(model)
+    assert sparsities(load_state(again.folder / "pruned.ckpt")) == [0.5] * 3
+
+
 def test_a_network_that_is_pruned_further_is_fine_tuned_again(tmp_path):
     first = finetuned()
     make_trainer(tmp_path, first).fit(MetricsNet())
