@@ -92,6 +92,7 @@ def test_recipes_have_a_higher_accuracy_than_the_baselines_at_the_same_sparsity(
         assert accuracy(network, data) < ours
 
 
+@pytest.mark.filterwarnings("ignore:The dirpath has changed from")
 def test_the_recipe_of_units_writes_a_network_of_half_the_operations(data, delta, folder_of, tmp_path):
     """On the dense network of the other recipe of this network, which is trained by the same options."""
     options = f"--ckpt_path={checkpoint_of(folder_of('resnet'))}"

@@ -54,7 +54,7 @@ def test_a_detector_is_pruned_on_lists_of_images_of_several_sizes(make, targets)
     model = make()
     before = snapshot(model)
     result = trim(
-        model, [image_list(0), image_list(1)], num_samples=32, solver=Cardinality(max_steps=30), targets=targets,
+        model, [image_list(0), image_list(1)], num_samples=32, solver=Cardinality(max_steps=5), targets=targets,
         forward=lambda model, batch: model(batch), **HALF,
     )  # fmt: skip
     check_pruned(model, before, result, 0.5)

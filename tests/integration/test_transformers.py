@@ -21,7 +21,7 @@ from lightning_nettrim.layers import find_layers  # noqa: E402
 pytestmark = [*LIGHTNING_WARNINGS, pytest.mark.integration]
 
 VOCABULARY, WIDTH, TOKENS = 60, 32, 12
-HALF = {"sparsity": 0.5, "allocate": "uniform", "max_rows": 512, "solver": Cardinality(max_steps=30)}
+HALF = {"sparsity": 0.5, "allocate": "uniform", "max_rows": 512, "solver": Cardinality(max_steps=10)}
 
 
 # --- networks
@@ -192,7 +192,9 @@ def test_a_network_is_pruned_by_dict_batches(make, form):
     model, held_out = make().eval(), joined(batches(form, 20)[16:])
     outputs = logits(model, held_out).detach()
     before, dense = snapshot(model), copy.deepcopy(model)
-    result = trim(model, batches(form), num_samples=256, **HALF)
+    data = batches(form)
+    larger = [joined(data[i : i + 4]) for i in range(0, len(data), 4)]
+    result = trim(model, larger, num_samples=256, **HALF)
     check_pruned(model, before, result, 0.5)
     magnitude = by_magnitude(dense, [report.name for report in result.reports], 0.5)
     assert error(model, outputs, held_out, logits) < error(magnitude, outputs, held_out, logits)
