@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import convex, layer_cost, llama, memory, networks, oneshot, pitch, processes, units
+from benchmarks import compaction, convex, layer_cost, llama, memory, networks, oneshot, pitch, processes, units
 from benchmarks.peers import Unavailable
 from benchmarks.plots import plot_accuracy, plot_convergence
 from benchmarks.report import Row, column_titles, header, line, write
@@ -21,6 +21,7 @@ BENCHMARKS = {
     "llama": llama,
     "pitch": pitch,
     "units": units,
+    "compaction": compaction,
     "memory": memory,
     "layer_cost": layer_cost,
     "processes": processes,
@@ -146,6 +147,13 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--budgets", type=float, nargs="+", default=[*default.budgets], help="fractions of the MACs")
     _add_integer(command, default, "finetune", "epochs of fine-tuning after pruning")
     command.add_argument("--methods", nargs="+", default=[], choices=[*units.METHODS], help="default: all")
+
+    command = commands.add_parser("compaction", help="torchvision's networks without every second unit of each group")
+    default = compaction.Settings()
+    _add_out(command, default)
+    command.add_argument("--networks", nargs="+", default=[], help="networks of torchvision; default: all")
+    command.add_argument("--onnx", action="store_true", help="run each compact network in ONNX Runtime, too")
+    _add_integer(command, default, "largest", "millions of parameters up to which a network is run")
 
     command = commands.add_parser("memory", help="peak memory while a large network is pruned, by max_memory")
     default = memory.Settings()
