@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,14 +15,16 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from benchmarks.exports import exported_error, onnx_error
+from benchmarks import latency
+from benchmarks.exports import exported_outputs, onnx_outputs
+from benchmarks.planting import plant_unread_units, randomize
 from lightning_nettrim import compact, load_compact
 from lightning_nettrim.calibration.batch import CalibrationBatch
 from lightning_nettrim.compaction import CompactResult
-from lightning_nettrim.layers import Layer, find_layers
+from lightning_nettrim.layers import find_layers
 from lightning_nettrim.pruning.units.costs import count_macs
 from lightning_nettrim.pruning.units.graph import dependency_graph
-from lightning_nettrim.pruning.units.groups import UnitGroup, find_groups, rows_of_channels
+from lightning_nettrim.pruning.units.groups import find_groups
 
 SIZES = (64, 70, 75, 224)
 """Height and width of the images in pixels: the first one that a network allows."""
@@ -41,12 +42,14 @@ class Settings:
         networks: names of torchvision's classification networks; all, if there are none.
         onnx: export each compact network to ONNX and run it in ONNX Runtime.
         largest: networks with more parameters, in millions, are left out.
+        latency: in place of all this, measure the time of a forward pass before and after compaction.
     """
 
     out: Path = Path("runs") / "benchmarks"
     networks: tuple[str, ...] = ()
     onnx: bool = False
     largest: int = 250
+    latency: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,14 +59,14 @@ class Row:
     Attributes:
         network: its name.
         size: height and width of the images in pixels.
-        error: of the outputs of the compact network, relative to their norm.
+        error: of the outputs of the compact network, relative to the norm of those of the network with all units.
         macs: fraction of the multiply-accumulates that is left.
         parameters: fraction of the parameters that is left.
         groups: number of groups of which half of the units are removed.
         skipped: number of groups that are left as they are.
         kept_macs: fraction of the multiply-accumulates in layers whose outputs are all kept, by reason.
         reloaded: whether a new network has the same state and outputs after `load_compact`.
-        exported: error of the compact network after `torch.export`, relative to the norm of the outputs.
+        exported: error of the compact network after `torch.export`.
         onnx: the same in ONNX Runtime.
         seconds: time to find the groups and to compact the network.
         failure: what went wrong, if anything.
@@ -92,8 +95,11 @@ class Row:
         ).rstrip()
 
 
-def rows(settings: Settings) -> Iterator[Row]:
+def rows(settings: Settings) -> Iterator[Row | latency.Row]:
     """Every network."""
+    if settings.latency:
+        yield from latency.rows()
+        return
     for name in settings.networks or torchvision.models.list_models(module=torchvision.models):
         size = smallest_size(name)
         parameters = sum(p.numel() for p in network(name, size).parameters())
@@ -135,60 +141,23 @@ def network(name: str, size: int) -> nn.Module:
     return torchvision.models.get_model(name, weights=None, **options).eval()
 
 
-def randomized(name: str, size: int) -> tuple[nn.Module, Tensor]:
-    """A network as after training, as far as compaction is concerned, and images.
-
-    Parameters that are initialized with constants are random, so that nothing is multiplied by zero or by one, and the
-    statistics of BatchNorm are those of the images, so that activations neither vanish nor explode.
-
-    Args:
-        name: of the network.
-        size: height and width of its images in pixels.
-    """
+def _row(name: str, size: int, onnx: bool) -> Row:
     torch.manual_seed(0)
     model, images = network(name, size), torch.randn(8, 3, size, size)
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    with torch.no_grad():
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.dim() == 1 or parameter_name.endswith("layer_scale"):
-                if parameter_name.endswith("bias"):
-                    parameter.normal_(std=0.1)
-                else:
-                    parameter.uniform_(0.5, 1.5)
-        for module in norms:
-            module.train()
-            module.momentum = None
-        if norms:
-            model(images)
-        for module in norms:
-            module.eval()
-    if name.startswith("vit_"):
-        nn.init.normal_(model.heads.head.weight, std=0.02)
-    return model, images[:INPUTS]
-
-
-def plant_unread_units(model: nn.Module, layers: Mapping[str, Layer], groups: Mapping[str, UnitGroup]) -> None:
-    """Set all weights to zero by which layers read every second unit of each group."""
-    for group in groups.values():
-        for reader, channels in group.readers.items():
-            layer = layers[reader]
-            W = layer.to_matrix(layer.parameter.data).clone()
-            W[:, rows_of_channels(layer, channels[::2]).flatten()] = 0
-            layer.parameter.data.copy_(layer.from_matrix(W))
-
-
-def _row(name: str, size: int, onnx: bool) -> Row:
-    model, images = randomized(name, size)
+    randomize(model, images)
+    images = images[:INPUTS]
     batch, start = CalibrationBatch(images), time.perf_counter()
     layers, _ = find_layers(model)
     groups, skipped = find_groups(model, batch, layers)
-    plant_unread_units(model, layers, groups)
+    plant_unread_units(layers, groups, {name: torch.arange(0, group.size, 2) for name, group in groups.items()})
     result = compact(model, images, batch_sizes=())
     report = result.report
+    with torch.no_grad():
+        outputs, compact_outputs = model(images), result.model(images)
     row = Row(
         name,
         size,
-        error=relative_error(model, result.model, images),
+        error=relative_error(compact_outputs, outputs),
         macs=report.after.macs / report.before.macs,
         parameters=report.after.parameters / report.before.parameters,
         groups=len(report.units),
@@ -201,19 +170,17 @@ def _row(name: str, size: int, onnx: bool) -> Row:
         row = replace(row, failure=f"cannot be removed: {reasons}")
     row = replace(row, reloaded=_is_reloaded(result, network(name, size), images))
     try:
-        row = replace(row, exported=exported_error(result.model, images))
+        row = replace(row, exported=relative_error(exported_outputs(result.model, images), outputs))
         if onnx:
-            row = replace(row, onnx=onnx_error(result.model, images))
+            row = replace(row, onnx=relative_error(onnx_outputs(result.model, images), outputs))
     except Exception as error:  # whatever the exporter raises is a result
         row = replace(row, failure=f"{row.failure} export: {type(error).__name__}: {error}".strip().splitlines()[0])
     return row
 
 
-@torch.no_grad()
-def relative_error(model: nn.Module, other: nn.Module, images: Tensor) -> float:
-    """The norm of the difference of the outputs, relative to that of the outputs."""
-    outputs = model(images)
-    return float((other(images) - outputs).norm() / outputs.norm())
+def relative_error(outputs: Tensor, expected: Tensor) -> float:
+    """The norm of the difference, relative to that of the expected outputs."""
+    return float((outputs - expected).norm() / expected.norm())
 
 
 @torch.no_grad()
@@ -231,7 +198,9 @@ def _kept_macs(model: nn.Module, batch: CalibrationBatch, skipped: Mapping[str, 
     """The fraction of the multiply-accumulates in the layers that compute the units of skipped groups, by reason."""
     names = {module: name for name, module in model.named_modules()}
     convolutions = {
-        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     }
     macs, total = count_macs(model, batch, convolutions)
     graph, kept = dependency_graph(model, batch), Counter[str]()
@@ -250,12 +219,16 @@ def _kept_macs(model: nn.Module, batch: CalibrationBatch, skipped: Mapping[str, 
 
 def kind_of(reason: str) -> str:
     """A reason without the name of the layer."""
-    reason = re.sub(r"^\S+ (is|has) ", "", reason)
+    if reason in ("no layer reads its units", "its units are an output of the network"):
+        return "output"
+    reason = re.sub(r"^\S+ (is|has) (an? )?", "", reason)
     return re.sub(r" with .*|, which .*|: .*", "", reason)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Any]) -> str:
     """One line for each network, and the sum over them."""
+    if isinstance(rows[0], latency.Row):
+        return latency.table(rows)
     head = f"{'network':20} {'size':>4} {'error':>8} {'MACs':>6} {'param.':>6} {'gr.':>4} {'skip':>4} {'file':>5}"
     head += f" {'export':>8} {'ONNX':>8} {'s':>7} MACs of layers whose outputs are all kept"
     done = [row for row in rows if not row.failure]

@@ -42,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name == "convex":
         _run_convex(sections, settings)
         return
-    rows = _run_pruning(BENCHMARKS[name], settings, name)
+    rows = _run_pruning(BENCHMARKS[name], settings, "latency" if options.get("latency") else name)
     if name == "oneshot":
         try:
             plot_accuracy(rows, settings.out / "oneshot.png")
@@ -154,6 +154,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--networks", nargs="+", default=[], help="networks of torchvision; default: all")
     command.add_argument("--onnx", action="store_true", help="run each compact network in ONNX Runtime, too")
     _add_integer(command, default, "largest", "millions of parameters up to which a network is run")
+    command.add_argument("--latency", action="store_true", help="time of a forward pass, in place of all this")
 
     command = commands.add_parser("memory", help="peak memory while a large network is pruned, by max_memory")
     default = memory.Settings()

@@ -92,7 +92,9 @@ def load_compact(model: M, path: str | Path) -> M:
         )
     for module_path in compacted:
         remove_channels(model.get_submodule(module_path), removed[module_path])
-    model.load_state_dict(state)
+    own = model.state_dict()  # with the versions of its modules, without which some refuse it
+    own.update(state)
+    model.load_state_dict(own)
     return model
 
 

@@ -24,6 +24,12 @@ EXPECTED = {
     "flatten": {"0": (6, ["4"]), "4": (20, ["6"])},
     "residual": {"stem": (8, ["a", "c", "shortcut"]), "a": (8, ["b"]), "c": (12, ["d"]), "d": (12, ["head"])},
     "depthwise": {"first": (8, ["pointwise"]), "pointwise": (6, ["head"])},
+    "grouped": {
+        "first": (4, ["grouped"]),
+        "grouped": (6, ["last", "squeeze"]),
+        "squeeze": (4, ["excite"]),
+        "last": (6, ["head"]),
+    },
     "concatenation": {"left": (10, ["joint"]), "right": (6, ["joint"]), "joint": (12, ["head"])},
     "gated": {"gate": (16, ["down"])},
 }
@@ -120,10 +126,37 @@ def test_units_that_are_mixed_are_left_alone_with_a_reason(mix, reason):
     assert equal_states(model, before)
 
 
-def test_units_of_a_grouped_convolution_are_left_alone():
-    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(128, 4))
+def test_a_unit_of_a_grouped_convolution_is_a_channel_of_each_of_its_groups():
+    model, x = network("grouped")
+    groups, _ = groups_of(model, x)
+    layers, _ = find_layers(model)
+    assert torch.equal(groups["first"].readers["grouped"], torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]]))
+    assert torch.equal(groups["grouped"].producers["excite"][5], torch.tensor([5, 11]))
+    rows = rows_of_channels(layers["grouped"], groups["first"].readers["grouped"][1:])
+    assert torch.equal(rows, torch.arange(9, 36).reshape(3, 9))
+
+
+class HalfGrouped(nn.Module):
+    """A grouped convolution, of which one layer computes the inputs of one group only."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.grouped = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 1), nn.Conv2d(8, 8, 3, groups=2)
+        self.head = nn.Linear(128, 4)
+
+    def forward(self, x):
+        return self.head(self.grouped(torch.cat([self.left(x), self.right(x[..., 1:-1, 1:-1])], 1)).flatten(1))
+
+
+def test_units_of_some_groups_of_a_grouped_convolution_are_left_alone():
+    groups, skipped = groups_of(HalfGrouped(), torch.randn(2, 1, 8, 8))
+    assert list(groups) == ["grouped"]
+    for name in ("left", "right"):
+        assert skipped[name] == "grouped is a grouped convolution, of whose groups only some have its units"
+    transposed = nn.ConvTranspose2d(8, 8, 3, groups=2)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), transposed, nn.Flatten(), nn.Linear(512, 4))
     _, skipped = groups_of(model, torch.randn(2, 1, 8, 8))
-    assert "1 is a grouped convolution" in skipped["0"]
+    assert skipped["0"] == skipped["1"] == "1 is a transposed convolution with groups"
 
 
 def test_units_that_no_known_layer_computes_are_left_alone():
@@ -173,7 +206,8 @@ def test_the_error_is_smaller_than_that_of_units_chosen_by_the_norm_of_their_wei
         for group in groups.values():
             weights = [dense.get_submodule(path).weight for path in group.producers]
             norms = sum(
-                w[c.flatten()].flatten(1).norm(dim=1) for w, c in zip(weights, group.producers.values(), strict=True)
+                w[c.flatten()].reshape(group.size, -1).norm(dim=1)
+                for w, c in zip(weights, group.producers.values(), strict=True)
             )
             dead = norms.argsort()[: round(0.4 * group.size)]
             for reader, channels in group.readers.items():

@@ -24,7 +24,8 @@ It is nearly always zero: what is not read is multiplied by zero.
 class UnitGroup:
     """Units, of which each is computed and read by the same modules.
 
-    Two units of different layers are one unit if a residual sum or another element-wise operation couples them.
+    Two units of different layers are one unit if a residual sum or another element-wise operation couples them, and so
+    are the channels at the same position in all groups of a grouped convolution, so that its groups stay equal.
 
     Attributes:
         name: of the first module of the network that computes the units.
@@ -82,7 +83,8 @@ class _Unsuitable(Exception):
 def _group(items: Any, graph: Any, by_module: Mapping[nn.Module, Layer], names: Mapping[nn.Module, str]) -> UnitGroup:
     """The group of Torch-Pruning's items."""
     operations = torch_pruning_package().ops.OPTYPE
-    size = len(items[0].idxs)
+    unit_of = _units(items.items, len(items[0].idxs), graph)
+    size = int(unit_of.max()) + 1
     readers, producers, channelwise = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
     for item in items.items:
         target = item.dep.target
@@ -95,12 +97,12 @@ def _group(items: Any, graph: Any, by_module: Mapping[nn.Module, Layer], names: 
         if module not in names:
             continue  # an operation without parameters
         path = names[module]
-        channels = _by_unit(item.idxs, item.root_idxs, size, path)
+        channels = _by_unit(item.idxs, unit_of[item.root_idxs].tolist(), size, path)
         if kind in (operations.LINEAR, operations.CONV):
-            if getattr(module, "groups", 1) > 1:
-                raise _Unsuitable(f"{path} is a grouped convolution")
             if module not in by_module:
                 raise _Unsuitable(f"{path} is not pruned")
+            if getattr(module, "groups", 1) > 1:
+                _check_grouped(module, channels, computes, path)
             layer = by_module[module]
             if layer.aliases:
                 raise _Unsuitable(f"{path} is shared with {', '.join(alias.name for alias in layer.aliases)}")
@@ -124,6 +126,27 @@ def _group(items: Any, graph: Any, by_module: Mapping[nn.Module, Layer], names: 
     return UnitGroup(name, size, readers, producers, channelwise)
 
 
+def _units(items: Sequence[Any], size: int, graph: Any) -> Tensor:
+    """``(size,)``: the unit of each of Torch-Pruning's indices.
+
+    Channels at the same position in the groups of a grouped convolution are one unit.
+    """
+    grouped = list[tuple[Tensor, Tensor]]()
+    for item in items:
+        module = item.dep.target.module
+        if item.dep.target.type == torch_pruning_package().ops.OPTYPE.CONV and module.groups > 1:
+            computes = graph.is_out_channel_pruning_fn(item.dep.handler)
+            width = (module.out_channels if computes else module.in_channels) // module.groups
+            grouped.append((torch.tensor(item.idxs) % width, torch.tensor(item.root_idxs)))
+    units, before = torch.arange(size), torch.arange(0)
+    while not torch.equal(units, before):
+        before = units
+        for positions, roots in grouped:
+            lowest = torch.full((size,), size).scatter_reduce(0, positions, units[roots], "amin")
+            units = units.scatter_reduce(0, roots, lowest[positions], "amin")
+    return units.unique(return_inverse=True)[1]
+
+
 def _by_unit(indices: Sequence[int], units: Sequence[int], size: int, path: str) -> Tensor:
     """``(size, c)``: the channels of each unit."""
     own: list[list[int]] = [[] for _ in range(size)]
@@ -134,11 +157,31 @@ def _by_unit(indices: Sequence[int], units: Sequence[int], size: int, path: str)
     return torch.tensor([sorted(channels) for channels in own])
 
 
+def _check_grouped(module: Any, channels: Tensor, computes: bool, path: str) -> None:
+    """Check that the groups of a grouped convolution stay equal.
+
+    Raises:
+        _Unsuitable: if they do not, or if the convolution is transposed.
+    """
+    if module.transposed:
+        raise _Unsuitable(f"{path} is a transposed convolution with groups")
+    width = (module.out_channels if computes else module.in_channels) // module.groups
+    positions = channels.unflatten(1, (module.groups, -1)) if channels.shape[1] % module.groups == 0 else None
+    starts = width * torch.arange(module.groups).unsqueeze(-1)
+    if positions is None or not torch.equal(positions - starts, positions[:, :1].expand_as(positions)):
+        raise _Unsuitable(f"{path} is a grouped convolution, of whose groups only some have its units")
+
+
 def rows_of_channels(layer: Layer, channels: Tensor) -> Tensor:
-    """``(..., b)``: the inputs of a layer that belong to ``(..., c)`` channels; a kernel has several for each."""
+    """``(..., b)``: the inputs of a layer that belong to ``(..., c)`` channels; a kernel has several for each.
+
+    A grouped convolution has the same inputs in each group.
+    """
     module: Any = layer.module
-    each = layer.inputs // (module.in_features if isinstance(module, nn.Linear) else module.in_channels)
-    return (channels.unsqueeze(-1) * each + torch.arange(each)).flatten(-2)
+    width = (module.in_features if isinstance(module, nn.Linear) else module.in_channels) // layer.groups
+    each = layer.inputs // width
+    first = channels[..., : channels.shape[-1] // layer.groups]  # those of the first group
+    return (first.unsqueeze(-1) * each + torch.arange(each)).flatten(-2)
 
 
 def _check_separable(model: nn.Module, batch: CalibrationBatch, group: UnitGroup, layers: Mapping[str, Layer]) -> None:

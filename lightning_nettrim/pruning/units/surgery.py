@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +39,7 @@ def remove_channels(module: nn.Module, removed: RemovedChannels) -> None:
         removed: its channels.
 
     Raises:
-        ValueError: for channels that it does not have.
+        ValueError: for channels that it does not have, or other ones in each group of a grouped convolution.
     """
     for indices, total in zip((removed.inputs, removed.outputs), num_channels(module), strict=True):
         if indices and not 0 <= min(indices) <= max(indices) < total:
@@ -47,6 +47,8 @@ def remove_channels(module: nn.Module, removed: RemovedChannels) -> None:
                 f"expected channels of a {type(module).__name__} with {total}, got {max(indices)}: use the file of this"
                 " network"
             )
+        if not _keeps_groups_equal(module, indices, total):
+            raise ValueError(f"expected the same channels of each group of a {type(module).__name__}: use another file")
     pruner = _pruner(module)
     requires_grad = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     if removed.outputs:
@@ -55,6 +57,16 @@ def remove_channels(module: nn.Module, removed: RemovedChannels) -> None:
         pruner.prune_in_channels(module, list(removed.inputs))
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(requires_grad[name])
+
+
+def _keeps_groups_equal(module: nn.Module, indices: Sequence[int], total: int) -> bool:
+    """Whether the same channels of each group of a grouped convolution, which is not depthwise, are removed."""
+    groups = int(getattr(module, "groups", 1))
+    if groups == 1 or groups == getattr(module, "out_channels", groups):
+        return True
+    width = total // groups
+    positions = {index % width for index in indices}
+    return {group * width + position for group in range(groups) for position in positions} == set(indices)
 
 
 @contextmanager
