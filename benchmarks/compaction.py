@@ -23,7 +23,7 @@ from lightning_nettrim.calibration.batch import CalibrationBatch
 from lightning_nettrim.compaction import CompactResult
 from lightning_nettrim.layers import find_layers
 from lightning_nettrim.pruning.units.costs import count_macs
-from lightning_nettrim.pruning.units.graph import dependency_graph
+from lightning_nettrim.pruning.units.graph import coupled_with, dependency_graph
 from lightning_nettrim.pruning.units.groups import find_groups
 
 SIZES = (64, 70, 75, 224)
@@ -204,16 +204,10 @@ def _kept_macs(model: nn.Module, batch: CalibrationBatch, skipped: Mapping[str, 
     }
     macs, total = count_macs(model, batch, convolutions)
     graph, kept = dependency_graph(model, batch), Counter[str]()
-    for items in graph.get_all_groups():
-        name = names[items[0].dep.target.module]
-        if name not in skipped:
-            continue
-        producers = {
-            names[item.dep.target.module]
-            for item in items.items
-            if item.dep.target.module in names and graph.is_out_channel_pruning_fn(item.dep.handler)
-        }
-        kept[kind_of(skipped[name])] += sum(macs.get(producer, 0.0) for producer in producers)
+    for name, reason in skipped.items():
+        items = coupled_with(graph, model.get_submodule(name)) or ()
+        producers = {name, *(names[item.module] for item in items if item.computes and item.module in names)}
+        kept[kind_of(reason)] += sum(macs.get(producer, 0.0) for producer in producers)
     return "; ".join(f"{kind} {count / total:.1%}" for kind, count in kept.most_common())
 
 

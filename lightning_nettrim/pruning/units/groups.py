@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
 from lightning_nettrim.layers import Layer, masking
-from lightning_nettrim.pruning.units.graph import dependency_graph, outputs, torch_pruning_package
+from lightning_nettrim.pruning.units.graph import (
+    Coupled,
+    coupled_with,
+    dependency_graph,
+    outputs,
+    torch_pruning_package,
+)
 
 ROUNDING = 8
 """Relative change of the output, in units of its precision, up to which unread units do not influence it.
@@ -63,14 +69,20 @@ def find_groups(
     graph = dependency_graph(model, batch)
     names = {module: name for name, module in model.named_modules()}
     by_module = {layer.module: layer for layer in layers.values() if layer.weight == "weight"}
-    groups, skipped = dict[str, UnitGroup](), dict[str, str]()
-    for items in graph.get_all_groups():
+    groups, skipped, visited = dict[str, UnitGroup](), dict[str, str](), set[int]()
+    for module in [m for m in graph.module2node if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]:
+        if id(module) in visited:
+            continue
+        items = coupled_with(graph, module)
         try:
-            group = _group(items, graph, by_module, names)
+            if items is None:
+                raise _Unsuitable("Torch-Pruning does not find what is coupled with its units")
+            visited.update(id(item.module) for item in items if item.computes)
+            group = _group(items, by_module, names)
             _check_separable(model, batch, group, layers)
             groups[group.name] = group
         except _Unsuitable as reason:
-            skipped[names[items[0].dep.target.module]] = str(reason)
+            skipped[names[module]] = str(reason)
     order = {name: i for i, name in enumerate(layers)}
     ordered = sorted(groups.values(), key=lambda group: order[next(iter(group.readers))])
     return {group.name: group for group in ordered}, skipped
@@ -80,16 +92,14 @@ class _Unsuitable(Exception):
     """The reason why a group cannot be removed."""
 
 
-def _group(items: Any, graph: Any, by_module: Mapping[nn.Module, Layer], names: Mapping[nn.Module, str]) -> UnitGroup:
-    """The group of Torch-Pruning's items."""
+def _group(items: Sequence[Coupled], by_module: Mapping[nn.Module, Layer], names: Mapping[nn.Module, str]) -> UnitGroup:
+    """The group of what is coupled with a layer, which is the first item."""
     operations = torch_pruning_package().ops.OPTYPE
-    unit_of = _units(items.items, len(items[0].idxs), graph)
+    unit_of = _units(items)
     size = int(unit_of.max()) + 1
     readers, producers, channelwise = dict[str, Tensor](), dict[str, Tensor](), dict[str, Tensor]()
-    for item in items.items:
-        target = item.dep.target
-        module, kind = target.module, target.type
-        computes = graph.is_out_channel_pruning_fn(item.dep.handler)
+    for item in items:
+        module, kind = item.module, item.kind
         if kind == operations.OUTPUT:
             raise _Unsuitable("its units are an output of the network")
         if isinstance(module, nn.Parameter):
@@ -97,16 +107,16 @@ def _group(items: Any, graph: Any, by_module: Mapping[nn.Module, Layer], names: 
         if module not in names:
             continue  # an operation without parameters
         path = names[module]
-        channels = _by_unit(item.idxs, unit_of[item.root_idxs].tolist(), size, path)
+        channels = _by_unit(item.channels, unit_of[item.units].tolist(), size, path)
         if kind in (operations.LINEAR, operations.CONV):
             if module not in by_module:
                 raise _Unsuitable(f"{path} is not pruned")
             if getattr(module, "groups", 1) > 1:
-                _check_grouped(module, channels, computes, path)
+                _check_grouped(module, channels, item.computes, path)
             layer = by_module[module]
             if layer.aliases:
                 raise _Unsuitable(f"{path} is shared with {', '.join(alias.name for alias in layer.aliases)}")
-            if computes:
+            if item.computes:
                 producers[path] = channels
             else:
                 readers[layer.name] = channels
@@ -126,18 +136,17 @@ def _group(items: Any, graph: Any, by_module: Mapping[nn.Module, Layer], names: 
     return UnitGroup(name, size, readers, producers, channelwise)
 
 
-def _units(items: Sequence[Any], size: int, graph: Any) -> Tensor:
-    """``(size,)``: the unit of each of Torch-Pruning's indices.
+def _units(items: Sequence[Coupled]) -> Tensor:
+    """``(outputs of the first layer,)``: their units.
 
     Channels at the same position in the groups of a grouped convolution are one unit.
     """
-    grouped = list[tuple[Tensor, Tensor]]()
+    size, grouped = len(items[0].channels), list[tuple[Tensor, Tensor]]()
     for item in items:
-        module = item.dep.target.module
-        if item.dep.target.type == torch_pruning_package().ops.OPTYPE.CONV and module.groups > 1:
-            computes = graph.is_out_channel_pruning_fn(item.dep.handler)
-            width = (module.out_channels if computes else module.in_channels) // module.groups
-            grouped.append((torch.tensor(item.idxs) % width, torch.tensor(item.root_idxs)))
+        if item.kind == torch_pruning_package().ops.OPTYPE.CONV and item.module.groups > 1:
+            total = item.module.out_channels if item.computes else item.module.in_channels
+            positions = torch.tensor(item.channels) % (total // item.module.groups)
+            grouped.append((positions, torch.tensor(item.units)))
     units, before = torch.arange(size), torch.arange(0)
     while not torch.equal(units, before):
         before = units
@@ -205,11 +214,13 @@ def _check_separable(model: nn.Module, batch: CalibrationBatch, group: UnitGroup
     )
     try:
         with evaluation_mode(model):
+            values: dict[str, Tensor] = {}
             for name, channels in group.readers.items():
                 W = layers[name].to_matrix(layers[name].parameter.detach()).clone()
                 W[:, rows_of_channels(layers[name], channels[dead]).flatten()] = 0
-                masking.assign(model, {layers[name].parameter_names(bias=False)[0]: layers[name].from_matrix(W)})
-            before = outputs(model, batch)
+                values[layers[name].parameter_names(bias=False)[0]] = layers[name].from_matrix(W)
+            masking.assign(model, values)
+            before, values = outputs(model, batch), {}
             for path, module in producers.items():
                 for key, parameter in module.named_parameters():
                     changed = parameter.detach().clone()
@@ -218,8 +229,8 @@ def _check_separable(model: nn.Module, batch: CalibrationBatch, group: UnitGroup
                     own = changed.index_select(dim, index)
                     size = changed.square().mean().sqrt() + 1 / max(changed[0].numel(), 1) ** 0.5
                     noise = torch.randn(own.shape, generator=generator).to(own)
-                    changed.index_copy_(dim, index, own + 3 * size * noise)
-                    masking.assign(model, {f"{path}.{key}": changed})
+                    values[f"{path}.{key}"] = changed.index_copy_(dim, index, own + 3 * size * noise)
+            masking.assign(model, values)
             after = outputs(model, batch)
     finally:
         masking.assign(model, trained)
