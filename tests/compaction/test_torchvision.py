@@ -67,7 +67,9 @@ KEPT = {
     },
     "attention": {
         "heads.head": "no layer reads its units",
-        "encoder.layers.encoder_layer_1.mlp.3": "encoder.ln is a LayerNorm, which does not process each unit on its own",
+        "encoder.layers.encoder_layer_1.mlp.3": (
+            "encoder.ln is a LayerNorm, which does not process each unit on its own"
+        ),
     },
 }
 """Groups of which all units are kept, with the reasons."""
@@ -112,14 +114,22 @@ def test_what_torch_pruning_does_not_follow_is_left_alone_and_the_hidden_units_a
     layers, _ = find_layers(model)
     groups, skipped = find_groups(model, CalibrationBatch(images[:2]), layers)
     assert {"features.1.0.mlp.0", "features.3.0.mlp.0"} <= set(groups)
-    print(groups.keys(), skipped)
     plant_unread_units(layers, groups, {key: torch.arange(0, group.size, 2) for key, group in groups.items()})
     outputs = model(images)
     result = compact(model, images, batch_sizes=())
     assert (result.model(images) - outputs).norm() <= 1e-5 * outputs.norm()
 
 
-def test_a_network_that_torch_pruning_cannot_trace_is_refused():
-    model = ShuffleNetV2([1, 1, 1], [8, 16, 24, 32, 64], CLASSES).eval()
-    with pytest.raises(ValueError, match="expected a forward pass that Torch-Pruning can trace, got 'integer division"):
-        compact(model, torch.randn(2, 3, 32, 32))
+def test_the_channel_shuffle_is_left_alone():
+    torch.manual_seed(0)
+    model, images = ShuffleNetV2([2, 1, 1], [8, 16, 24, 32, 64], CLASSES).eval(), torch.randn(4, 3, 32, 32)
+    randomize(model, images)
+    layers, _ = find_layers(model)
+    groups, skipped = find_groups(model, CalibrationBatch(images[:2]), layers)
+    print(groups.keys(), skipped)
+    assert "Torch-Pruning does not find what is coupled with its units" in skipped.values()
+    plant_unread_units(layers, groups, {key: torch.arange(0, group.size, 2) for key, group in groups.items()})
+    outputs = model(images)
+    result = compact(model, images, batch_sizes=())
+    assert result.report.units["conv5.0"] == (32, 64)
+    assert (result.model(images) - outputs).norm() <= 1e-5 * outputs.norm()
