@@ -9,7 +9,19 @@ from typing import Any
 
 import torch
 
-from benchmarks import convex, coreset, layer_cost, llama, memory, networks, oneshot, pitch, processes, units
+from benchmarks import (
+    compaction,
+    convex,
+    coreset,
+    layer_cost,
+    llama,
+    memory,
+    networks,
+    oneshot,
+    pitch,
+    processes,
+    units,
+)
 from benchmarks.peers import Unavailable
 from benchmarks.plots import plot_accuracy, plot_convergence, plot_coresets
 from benchmarks.report import Row, column_titles, header, line, write
@@ -22,6 +34,7 @@ BENCHMARKS = {
     "pitch": pitch,
     "units": units,
     "coreset": coreset,
+    "compaction": compaction,
     "memory": memory,
     "layer_cost": layer_cost,
     "processes": processes,
@@ -44,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name == "convex":
         _run_convex(sections, settings)
         return
-    rows = _run_pruning(BENCHMARKS[name], settings, name)
+    rows = _run_pruning(BENCHMARKS[name], settings, "latency" if options.get("latency") else name)
     if (plot := PLOTS.get(name)) is not None:
         try:
             plot(rows, settings.out / f"{name}.png")
@@ -156,6 +169,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_integer(command, default, "neurons", "number of neurons")
     command.add_argument("--sizes", type=int, nargs="+", default=[*default.sizes], help="numbers of neurons kept")
     _add_integer(command, default, "seeds", "number of samples of each size")
+
+    command = commands.add_parser("compaction", help="torchvision's networks without every second unit of each group")
+    default = compaction.Settings()
+    _add_out(command, default)
+    command.add_argument("--networks", nargs="+", default=[], help="networks of torchvision; default: all")
+    command.add_argument("--onnx", action="store_true", help="run each compact network in ONNX Runtime, too")
+    _add_integer(command, default, "largest", "millions of parameters up to which a network is run")
+    command.add_argument("--latency", action="store_true", help="time of a forward pass, in place of all this")
 
     command = commands.add_parser("memory", help="peak memory while a large network is pruned, by max_memory")
     default = memory.Settings()

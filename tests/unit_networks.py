@@ -39,6 +39,22 @@ class Depthwise(nn.Module):
         return self.head(x.amax((2, 3)))
 
 
+class Grouped(nn.Module):
+    """A bottleneck block with a grouped convolution, as in ResNeXt and RegNet, and squeeze-excitation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.grouped, self.bn = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 12, 3, groups=2), nn.BatchNorm2d(12)
+        self.squeeze, self.excite = nn.Conv2d(12, 4, 1), nn.Conv2d(4, 12, 1)
+        self.last, self.head = nn.Conv2d(12, 6, 1), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(P, 1, H, W)`` to ``(P, 4)``."""
+        x = self.bn(self.grouped(self.first(x).relu())).relu()
+        x = x * self.excite(self.squeeze(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return self.head(self.last(x).relu().mean((2, 3)))
+
+
 class Concatenation(nn.Module):
     """Two branches side by side, read by one layer."""
 
@@ -82,6 +98,7 @@ NETWORKS = {
     "flatten": (conv2d_network, (1, 8, 8)),
     "residual": (lambda: built(Residual), (1, 8, 8)),
     "depthwise": (lambda: built(Depthwise), (1, 8, 8)),
+    "grouped": (lambda: built(Grouped), (1, 8, 8)),
     "concatenation": (lambda: built(Concatenation), (20,)),
     "gated": (lambda: built(Gated), (20,)),
 }

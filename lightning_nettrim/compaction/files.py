@@ -85,14 +85,16 @@ def load_compact(model: M, path: str | Path) -> M:
         expected |= {f"{module_path}.{key}": tuple(value.shape) for key, value in module.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in state.items()}
     if different := sorted(name for name in {**expected, **found} if expected.get(name) != found.get(name)):
-        own, other = (shapes.get(different[0], "none") for shapes in (expected, found))
+        shape, other = (shapes.get(different[0], "none") for shapes in (expected, found))
         raise ValueError(
-            f"load_compact: {different[0]}: expected shape {own}, got {other} in {path}: construct the model as for"
+            f"load_compact: {different[0]}: expected shape {shape}, got {other} in {path}: construct the model as for"
             " training"
         )
     for module_path in compacted:
         remove_channels(model.get_submodule(module_path), removed[module_path])
-    model.load_state_dict(state)
+    own: dict[str, Tensor] = model.state_dict()  # with the versions of its modules, without which some refuse it
+    own.update(state)
+    model.load_state_dict(own)
     return model
 
 

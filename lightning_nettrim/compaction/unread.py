@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
 from lightning_nettrim.layers import Layer, find_layers
 from lightning_nettrim.pruning.units.graph import outputs
-from lightning_nettrim.pruning.units.groups import UnitGroup, find_groups, rows_of_channels
-from lightning_nettrim.pruning.units.surgery import RemovedChannels, channels_of_units, without_channels
+from lightning_nettrim.pruning.units.groups import UnitGroup, channels_of_units, find_groups, rows_of_channels
+from lightning_nettrim.pruning.units.surgery import RemovedChannels, without_channels
 from lightning_nettrim.runtime.sharded import full
 
 RTOL = 1e-4

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_nettrim.core.precision import matmul_precision
-from lightning_nettrim.core.problem import LayerProblem
+from lightning_nettrim.core.problem import TENSORS, LayerProblem
 from lightning_nettrim.core.streaming import gram
 from lightning_nettrim.solvers.cardinality import RELAXATION, target_product
 from lightning_nettrim.solvers.refitting import DAMPING, rare_input_ridge
@@ -23,10 +23,10 @@ TARGET_UPDATES = 3
 
 @dataclass(frozen=True, eq=False)
 class Reader:
-    """A layer that reads units.
+    """A layer, or one group of a layer, that reads units.
 
     Attributes:
-        problem: of the layer, with a batch of one and no zeros.
+        problem: with a batch of one and no zeros.
         rows: ``(units, b)`` the inputs of the layer that belong to each unit.
         weights: ``(M,)`` weights ≥ 0 of the squared errors of its outputs.
     """
@@ -87,18 +87,30 @@ def eliminate(readers: Sequence[Reader], stages: Sequence[int]) -> Iterator[Stag
         yield Stage(kept.clone(), [state.solution for state in states])
 
 
+def problems_of_groups(problem: LayerProblem) -> list[LayerProblem]:
+    """The problems of the groups of a layer, each with a batch of one."""
+    tensors = {name: value for name in TENSORS if (value := getattr(problem, name)) is not None}
+    return [
+        replace(problem, groups=1, **{name: value[i : i + 1] for name, value in tensors.items()})
+        for i in range(len(problem.X))
+    ]
+
+
 def without_inputs(problem: LayerProblem, removed: Tensor) -> Tensor:
-    """``(1, N, M)``: the weights of a layer that does not read some inputs, with about the smallest dist²(XW, K).
+    """``(groups, N, M)``: the weights of a layer that does not read some inputs, with about the smallest dist²(XW, K).
 
     Args:
-        problem: of the layer, with a batch of one.
+        problem: of the layer, with its groups as batch.
         removed: ``(n,)`` indices of inputs.
     """
     kept = torch.ones(problem.X.shape[-1], dtype=torch.bool, device=removed.device).index_fill(0, removed, False)
-    no_units = Reader(problem, removed.new_zeros(0, 1), problem.Y.new_ones(problem.Y.shape[-1]))
-    state = _State(no_units, kept.nonzero().squeeze(-1))
-    state.update_targets(4 * TARGET_UPDATES)
-    return state.solution
+    solutions = []
+    for own in problems_of_groups(problem):
+        no_units = Reader(own, removed.new_zeros(0, 1), own.Y.new_ones(own.Y.shape[-1]))
+        state = _State(no_units, kept.nonzero().squeeze(-1))
+        state.update_targets(4 * TARGET_UPDATES)
+        solutions.append(state.solution)
+    return torch.cat(solutions)
 
 
 class _State:

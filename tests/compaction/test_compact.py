@@ -17,6 +17,7 @@ from lightning_nettrim.calibration.batch import CalibrationBatch
 from lightning_nettrim.compaction import save_without_channels
 from lightning_nettrim.layers import find_layers
 from lightning_nettrim.pruning.units.groups import find_groups, rows_of_channels
+from lightning_nettrim.pruning.units.surgery import RemovedChannels, remove_channels
 
 
 def with_unread_units(name):
@@ -125,6 +126,39 @@ def test_a_file_is_read_back_exactly_without_unpickling(name, tmp_path, monkeypa
         loaded = load_compact(network(name)[0], tmp_path / file)
         assert equal_states(loaded, copied_state(result.model))
         assert torch.equal(loaded(x), result.model(x))
+
+
+class Versioned(nn.Linear):
+    """A module that refuses a state without its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        assert local_metadata.get("version") == 2
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_a_module_gets_its_version_with_the_state(tmp_path):
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(Versioned(6, 4), nn.ReLU(), nn.Linear(4, 2))
+
+    model, x = make(), torch.randn(8, 6)
+    model[2].weight.data[:, 1] = 0
+    result = compact(model, x, batch_sizes=())
+    result.save(tmp_path / "compact.safetensors")
+    loaded = load_compact(make(), tmp_path / "compact.safetensors")
+    assert result.report.units == {"0": (3, 4)}
+    assert torch.equal(loaded(x), result.model(x))
+
+
+def test_other_channels_of_each_group_of_a_grouped_convolution_are_refused():
+    convolution = nn.Conv2d(8, 12, 3, groups=2)
+    for channels in (RemovedChannels(inputs=(1, 4)), RemovedChannels(outputs=(0,))):
+        with pytest.raises(ValueError, match="expected the same channels of each group of a Conv2d"):
+            remove_channels(convolution, channels)
+    remove_channels(convolution, RemovedChannels(inputs=(1, 5), outputs=(0, 6)))
+    assert convolution(torch.randn(1, 6, 4, 4)).shape == (1, 10, 2, 2)
 
 
 def test_a_compact_network_can_be_exported_and_trained(tmp_path):

@@ -16,6 +16,7 @@ from lightning_nettrim.calibration.batch import CalibrationBatch
 from lightning_nettrim.layers import find_layers
 from lightning_nettrim.pruning.units.allocation import keep_within
 from lightning_nettrim.pruning.units.costs import UnitCosts
+from lightning_nettrim.pruning.units.graph import coupled_with, dependency_graph
 from lightning_nettrim.pruning.units.groups import find_groups, rows_of_channels
 
 EXPECTED = {
@@ -23,6 +24,12 @@ EXPECTED = {
     "flatten": {"0": (6, ["4"]), "4": (20, ["6"])},
     "residual": {"stem": (8, ["a", "c", "shortcut"]), "a": (8, ["b"]), "c": (12, ["d"]), "d": (12, ["head"])},
     "depthwise": {"first": (8, ["pointwise"]), "pointwise": (6, ["head"])},
+    "grouped": {
+        "first": (4, ["grouped"]),
+        "grouped": (6, ["last", "squeeze"]),
+        "squeeze": (4, ["excite"]),
+        "last": (6, ["head"]),
+    },
     "concatenation": {"left": (10, ["joint"]), "right": (6, ["joint"]), "joint": (12, ["head"])},
     "gated": {"gate": (16, ["down"])},
 }
@@ -41,6 +48,26 @@ def test_groups_have_the_layers_that_read_their_units(name):
     assert found == EXPECTED[name]
     assert list(skipped.values()) == ["no layer reads its units"]
     assert equal_states(model, before)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_coupled_is_what_torch_pruning_finds(name):
+    model, x = network(name)
+    graph = dependency_graph(model, CalibrationBatch(x[:2]))
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            pruner = graph.get_pruner_of_module(module)
+            count = pruner.get_out_channels(module)
+            theirs: dict = {}
+            for item in graph.get_pruning_group(module, pruner.prune_out_channels, list(range(count))).items:
+                key = id(item.dep.target.module), graph.is_out_channel_pruning_fn(item.dep.handler)
+                theirs.setdefault(key, {}).update(zip(item.idxs, item.root_idxs, strict=True))
+            ours: dict = {}
+            for item in coupled_with(graph, module):
+                ours.setdefault((id(item.module), item.computes), {}).update(
+                    zip(item.channels, item.units, strict=True)
+                )
+            assert ours == theirs, path
 
 
 def test_a_channel_after_flattening_has_an_input_for_each_position():
@@ -119,10 +146,37 @@ def test_units_that_are_mixed_are_left_alone_with_a_reason(mix, reason):
     assert equal_states(model, before)
 
 
-def test_units_of_a_grouped_convolution_are_left_alone():
-    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, groups=2), nn.Flatten(), nn.Linear(128, 4))
+def test_a_unit_of_a_grouped_convolution_is_a_channel_of_each_of_its_groups():
+    model, x = network("grouped")
+    groups, _ = groups_of(model, x)
+    layers, _ = find_layers(model)
+    assert torch.equal(groups["first"].readers["grouped"], torch.tensor([[0, 4], [1, 5], [2, 6], [3, 7]]))
+    assert torch.equal(groups["grouped"].producers["excite"][5], torch.tensor([5, 11]))
+    rows = rows_of_channels(layers["grouped"], groups["first"].readers["grouped"][1:])
+    assert torch.equal(rows, torch.arange(9, 36).reshape(3, 9))
+
+
+class HalfGrouped(nn.Module):
+    """A grouped convolution, of which one layer computes the inputs of one group only."""
+
+    def __init__(self):
+        super().__init__()
+        self.left, self.right, self.grouped = nn.Conv2d(1, 4, 3), nn.Conv2d(1, 4, 1), nn.Conv2d(8, 8, 3, groups=2)
+        self.head = nn.Linear(128, 4)
+
+    def forward(self, x):
+        return self.head(self.grouped(torch.cat([self.left(x), self.right(x[..., 1:-1, 1:-1])], 1)).flatten(1))
+
+
+def test_units_of_some_groups_of_a_grouped_convolution_are_left_alone():
+    groups, skipped = groups_of(HalfGrouped(), torch.randn(2, 1, 8, 8))
+    assert list(groups) == ["grouped"]
+    for name in ("left", "right"):
+        assert skipped[name] == "grouped is a grouped convolution, of whose groups only some have its units"
+    transposed = nn.ConvTranspose2d(8, 8, 3, groups=2)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), transposed, nn.Flatten(), nn.Linear(512, 4))
     _, skipped = groups_of(model, torch.randn(2, 1, 8, 8))
-    assert "1 is a grouped convolution" in skipped["0"]
+    assert skipped["0"] == skipped["1"] == "1 is a transposed convolution with groups"
 
 
 def test_units_that_no_known_layer_computes_are_left_alone():
@@ -172,7 +226,8 @@ def test_the_error_is_smaller_than_that_of_units_chosen_by_the_norm_of_their_wei
         for group in groups.values():
             weights = [dense.get_submodule(path).weight for path in group.producers]
             norms = sum(
-                w[c.flatten()].flatten(1).norm(dim=1) for w, c in zip(weights, group.producers.values(), strict=True)
+                w[c.flatten()].reshape(group.size, -1).norm(dim=1)
+                for w, c in zip(weights, group.producers.values(), strict=True)
             )
             dead = norms.argsort()[: round(0.4 * group.size)]
             for reader, channels in group.readers.items():

@@ -114,8 +114,10 @@ class Coreset(UnitSelection):
             s = torch.zeros(group.size, dtype=torch.float64)
             for reader, channels in group.readers.items():
                 layer = layers[reader]
-                W = layer.to_matrix(full(layer.parameter.detach()))[0].abs().amax(-1).double().cpu()
-                each = W[rows_of_channels(layer, channels)].unflatten(-1, (channels.shape[1], -1)).amax(-1)
+                rows = rows_of_channels(layer, channels)
+                W = layer.to_matrix(full(layer.parameter.detach())).abs().amax(-1).double().cpu()
+                each = W[:, rows].unflatten(-1, (channels.shape[1] // layer.groups, -1)).amax(-1)  # (groups, size, c)
+                each = each.movedim(0, 1).flatten(1)
                 s = torch.maximum(s, (each * received[reader]).amax(-1))
             found[name] = s
         return _Sensitivities(self, session, groups, found, radii)

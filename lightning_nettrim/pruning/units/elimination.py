@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
+from lightning_nettrim.core.problem import LayerProblem
 from lightning_nettrim.pruning.allocation.curves import ErrorCurve, MeasuredLayer
 from lightning_nettrim.pruning.allocation.effects import measure_effects
 from lightning_nettrim.pruning.allocation.network_error import GlobalAllocation, with_compensation
@@ -19,7 +21,7 @@ from lightning_nettrim.pruning.session import CalibrationSession
 from lightning_nettrim.pruning.units.base import KeptUnits, MeasuredUnits, UnitSelection
 from lightning_nettrim.pruning.units.groups import UnitGroup, rows_of_channels
 from lightning_nettrim.runtime.fingerprint import fingerprint
-from lightning_nettrim.solvers.elimination import Reader, eliminate
+from lightning_nettrim.solvers.elimination import Reader, eliminate, problems_of_groups
 
 FRACTIONS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.22, 0.16, 0.11, 0.08, 0.05, 0.03, 0.02, 0.01)
 """Fractions of a group's units at which the errors of its readers are measured."""
@@ -91,11 +93,18 @@ class _Errors(MeasuredUnits):
                 masks[name] = torch.ones(group.size, dtype=torch.bool)
                 continue
             readers = _readers(session, group, dead, self.effects)
-            *_, stage = eliminate(list(readers.values()), _stages(group.size, kept[name]))
+            *_, stage = eliminate(_parts(readers), _stages(group.size, kept[name]))
             masks[name] = stage.kept.cpu()
             for path, channels in group.producers.items():
                 dead.setdefault(path, []).append(channels[~masks[name]].flatten())
         return {name: KeptUnits(mask) for name, mask in masks.items()}
+
+
+class _ReadingLayer(NamedTuple):
+    """A layer that reads units: its problem, and a reader for each of its groups."""
+
+    problem: LayerProblem
+    groups: list[Reader]
 
 
 def measure_readers(session: CalibrationSession, group: UnitGroup) -> dict[str, MeasuredLayer]:
@@ -110,8 +119,10 @@ def measure_readers(session: CalibrationSession, group: UnitGroup) -> dict[str, 
     def measure() -> tuple[dict[str, Tensor], dict[str, list[float]]]:
         readers = _readers(session, group, {}, dict.fromkeys(group.readers, 1.0))
         errors, values = dict[str, list[float]](), dict[str, Tensor]()
-        for i, stage in enumerate(eliminate(list(readers.values()), counts)):
-            for (name, reader), W in zip(readers.items(), stage.solutions, strict=True):
+        for i, stage in enumerate(eliminate(_parts(readers), counts)):
+            solutions = iter(stage.solutions)
+            for name, reader in readers.items():
+                W = torch.cat([next(solutions) for _ in reader.groups])
                 errors.setdefault(name, []).append(local_error(reader.problem, W))
                 if i == reference:
                     values |= session.folded_layers[name].to_parameters(W)
@@ -138,7 +149,7 @@ def _readers(
     group: UnitGroup,
     dead: Mapping[str, Sequence[Tensor]],
     effects: Mapping[str, float],
-) -> dict[str, Reader]:
+) -> dict[str, _ReadingLayer]:
     """The readers of a group on the activations of the model.
 
     Args:
@@ -153,12 +164,18 @@ def _readers(
     for name in group.readers:
         problem = layer_problem(session, name, recordings.pop(name), Budget(sparsity=0.0), trained_inputs=True)
         layer = session.plan.layers[name]
-        weights = problem.Y.new_ones(problem.Y.shape[-1], dtype=torch.float64)
+        weights = problem.Y.new_ones(problem.Y.shape[0] * problem.Y.shape[-1], dtype=torch.float64)
         if name in session.importance:
             weights = session.importance[name].double().flatten().square()
         for outputs in dead.get(layer.path, []):
             weights = weights.index_fill(0, outputs.to(weights.device), 0)
         energy = float(problem.processes.sum(problem.Y.double().square().sum())) or 1.0
         rows = rows_of_channels(layer, group.readers[name]).to(problem.Y.device)
-        readers[name] = Reader(problem, rows, weights * effects[name] / energy)
+        parts = zip(problems_of_groups(problem), (weights * effects[name] / energy).chunk(layer.groups), strict=True)
+        readers[name] = _ReadingLayer(problem, [Reader(own, rows, weight) for own, weight in parts])
     return readers
+
+
+def _parts(readers: Mapping[str, _ReadingLayer]) -> list[Reader]:
+    """The groups of all layers."""
+    return [part for reader in readers.values() for part in reader.groups]

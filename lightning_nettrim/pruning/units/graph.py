@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,12 @@ from lightning_nettrim.calibration.network_output import find_output
 
 TRACED_INPUTS = 2
 """Inputs of the batch on which a network is traced."""
+
+MOST_INDICES = 2**21
+"""Indices of channels up to which the dependencies of one layer are followed.
+
+Torch-Pruning's maps of indices can grow without end where channels are rearranged, as in a shifted-window attention.
+"""
 
 
 def torch_pruning_package() -> Any:
@@ -62,6 +68,54 @@ def dependency_graph(model: nn.Module, batch: CalibrationBatch) -> Any:
 def _usable_by_autograd(tensor: Tensor) -> Tensor:
     """A copy of a tensor that was made in inference mode, as in a ``validate``; any other tensor itself."""
     return tensor.clone() if tensor.is_inference() else tensor
+
+
+class Coupled(NamedTuple):
+    """Channels of a module or an operation that are coupled with the units of a layer."""
+
+    module: Any  # a module of the network, a parameter, or an operation without parameters
+    kind: Any  # of the module, a `torch_pruning.ops.OPTYPE`
+    computes: bool  # whether they are outputs
+    channels: list[int]
+    units: list[int]  # the unit of each channel
+
+
+def coupled_with(graph: Any, module: nn.Module) -> list[Coupled] | None:
+    """What is coupled with the outputs of a layer; ``None`` if there is no end of it.
+
+    The same as Torch-Pruning's ``get_pruning_group``, which does not return in the latter case.
+
+    Args:
+        graph: the dependency graph.
+        module: the layer.
+    """
+    index = torch_pruning_package()._helpers._HybridIndex
+    pruner, root = graph.get_pruner_of_module(module), graph.module2node[module]
+    first = [index(idx=i, root_idx=i) for i in range(pruner.get_out_channels(module))]
+    stack = [(root, pruner.prune_out_channels, first)]
+    found, visited, total = dict[Any, dict[int, int]](), set[Any](), 0
+    while stack:
+        node, handler, indices = stack.pop()
+        if (visit := (node, handler, tuple(indices))) in visited:
+            continue
+        visited.add(visit)
+        total += len(indices)
+        if total > MOST_INDICES:
+            return None
+        merged = found.setdefault((node, handler), {})
+        for i in indices:
+            merged.setdefault(i.idx, i.root_idx)
+        for dependency in node.dependencies:
+            if dependency.is_triggered_by(handler):
+                mapped = indices
+                for mapping in filter(None, dependency.index_mapping):
+                    mapped = mapping(mapped)
+                if mapped:
+                    stack.append((dependency.target, dependency.handler, mapped))
+    return [
+        Coupled(node.module, node.type, graph.is_out_channel_pruning_fn(handler), [*channels], [*channels.values()])
+        for (node, handler), channels in found.items()
+    ]
 
 
 def outputs(model: nn.Module, batch: CalibrationBatch) -> list[Tensor]:

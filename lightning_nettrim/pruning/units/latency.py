@@ -10,8 +10,8 @@ from torch import nn
 from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
 from lightning_nettrim.calibration.nested import common_length, count_inputs, map_tensors
 from lightning_nettrim.pruning.session import CalibrationSession
-from lightning_nettrim.pruning.units.groups import UnitGroup
-from lightning_nettrim.pruning.units.surgery import channels_of_units, without_channels
+from lightning_nettrim.pruning.units.groups import UnitGroup, channels_of_units
+from lightning_nettrim.pruning.units.surgery import without_channels
 
 MIN_SECONDS = 0.3
 """Time of a measurement of the latency, of which the median run counts."""

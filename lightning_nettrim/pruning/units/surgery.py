@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_nettrim.pruning.units.graph import torch_pruning_package
-from lightning_nettrim.pruning.units.groups import UnitGroup
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def remove_channels(module: nn.Module, removed: RemovedChannels) -> None:
         removed: its channels.
 
     Raises:
-        ValueError: for channels that it does not have.
+        ValueError: for channels that it does not have, or other ones in each group of a grouped convolution.
     """
     for indices, total in zip((removed.inputs, removed.outputs), num_channels(module), strict=True):
         if indices and not 0 <= min(indices) <= max(indices) < total:
@@ -48,6 +47,8 @@ def remove_channels(module: nn.Module, removed: RemovedChannels) -> None:
                 f"expected channels of a {type(module).__name__} with {total}, got {max(indices)}: use the file of this"
                 " network"
             )
+        if not _keeps_groups_equal(module, indices, total):
+            raise ValueError(f"expected the same channels of each group of a {type(module).__name__}: use another file")
     pruner = _pruner(module)
     requires_grad = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
     if removed.outputs:
@@ -58,24 +59,14 @@ def remove_channels(module: nn.Module, removed: RemovedChannels) -> None:
         parameter.requires_grad_(requires_grad[name])
 
 
-def channels_of_units(groups: Mapping[str, UnitGroup], kept: Mapping[str, Tensor]) -> dict[str, RemovedChannels]:
-    """The channels that each module loses without some units.
-
-    Args:
-        groups: the groups of units.
-        kept: ``{group: (size,) bool}``.
-    """
-    inputs: dict[str, set[int]] = {}
-    outputs: dict[str, set[int]] = {}
-    for name, group in groups.items():
-        for paths, sides in ((group.readers, inputs), (group.producers, outputs), (group.channelwise, outputs)):
-            for path, channels in paths.items():
-                sides.setdefault(path, set()).update(channels[~kept[name]].flatten().tolist())
-    return {
-        path: RemovedChannels(tuple(sorted(inputs.get(path, ()))), tuple(sorted(outputs.get(path, ()))))
-        for path in {**outputs, **inputs}
-        if inputs.get(path) or outputs.get(path)
-    }
+def _keeps_groups_equal(module: nn.Module, indices: Sequence[int], total: int) -> bool:
+    """Whether the same channels of each group of a grouped convolution, which is not depthwise, are removed."""
+    groups = int(getattr(module, "groups", 1))
+    if groups == 1 or groups == getattr(module, "out_channels", groups):
+        return True
+    width = total // groups
+    positions = {index % width for index in indices}
+    return {group * width + position for group in range(groups) for position in positions} == set(indices)
 
 
 @contextmanager
