@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
-from lightning_nettrim.calibration.nested import tensors_of
+from lightning_nettrim.calibration.nested import map_tensors, tensors_of
 from lightning_nettrim.calibration.network_output import find_output
 
 TRACED_INPUTS = 2
@@ -47,6 +48,7 @@ def dependency_graph(model: nn.Module, batch: CalibrationBatch) -> Any:
     graph = torch_pruning_package().DependencyGraph()
     with evaluation_mode(model), torch.enable_grad(), _requiring_gradients(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        batch = replace(batch, batch=map_tensors(batch.batch, torch.clone))  # of an inference tensor a normal one
         try:
             return graph.build_dependency(model, batch, forward_fn=outputs, verbose=False)
         except Exception as error:  # a model may raise anything while it is traced
