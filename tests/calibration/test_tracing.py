@@ -59,6 +59,7 @@ LINEAR = {
     "batch norm by the batch": lambda net, y: F.batch_norm(y, None, None, training=True).relu(),
     "batch norm, also read before": lambda net, y: net.norm(y).relu() + y,
     "a number added": lambda net, y: (y + 1).relu(),
+    "also read in a list": lambda net, y: y.relu() + torch.cat([net.other, y], 1)[:, 5:],
     "itself added": lambda net, y: (y + y).relu(),
     "added with a factor": lambda net, y: torch.add(y, net.other, alpha=2).relu(),
     "negated": lambda net, y: (-y).relu(),

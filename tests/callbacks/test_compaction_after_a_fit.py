@@ -9,7 +9,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from networks import copied_state, equal_states
 from torch import nn
-from trainers import CLI_WARNINGS, Net, make_trainer, train_data, val_data
+from trainers import CLI_WARNINGS, Data, Net, make_trainer, train_data, val_data
 
 from lightning_nettrim import NetTrim, compact, load_compact
 
@@ -30,14 +30,6 @@ def test_a_fit_writes_the_compact_network(tmp_path, capsys):
         assert text in printed
 
 
-def test_a_validate_prunes_units_of_a_network(tmp_path):
-    callback = NetTrim(pattern="units", sparsity=0.5, calibration="val")
-    make_trainer(tmp_path, callback).validate(model := Net(), val_data(), verbose=False)
-    units = compact(model, torch.randn(8, 8), batch_sizes=()).report.units
-    assert sum(count for count, _ in units.values()) == sum(size for _, size in units.values()) // 2
-    assert (callback.folder / "compact.safetensors").exists()
-
-
 def test_the_module_is_not_changed_by_compaction_and_can_be_copied_with_its_trainer(tmp_path):
     callback = NetTrim(pattern="units", sparsity=0.5)
     trainer = make_trainer(tmp_path, callback)
@@ -49,6 +41,17 @@ def test_the_module_is_not_changed_by_compaction_and_can_be_copied_with_its_trai
     assert result.model._trainer is None
     x = torch.randn(16, 8)
     torch.testing.assert_close(result.model(x), model(x), rtol=1e-5, atol=1e-6)
+
+
+def test_a_validate_prunes_the_units_of_a_dense_checkpoint(tmp_path, dense_checkpoint):
+    """A Trainer validates in inference mode, in which its batches are made as well."""
+    callback, model = NetTrim(pattern="units", sparsity=0.5), Net()
+    make_trainer(tmp_path, callback).validate(model, datamodule=Data(), ckpt_path=dense_checkpoint, verbose=False)
+    assert all(bool((model.get_parameter(name)[~mask] == 0).all()) for name, mask in callback.masks.items())
+    small = load_compact(Net(), callback.folder / "compact.safetensors")
+    x = torch.randn(16, 8)
+    torch.testing.assert_close(small(x), model(x), rtol=1e-5, atol=1e-6)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
 
 
 def test_a_second_fit_keeps_the_removed_units(tmp_path):

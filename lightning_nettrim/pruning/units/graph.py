@@ -54,7 +54,7 @@ def dependency_graph(model: nn.Module, batch: CalibrationBatch) -> Any:
     graph = torch_pruning_package().DependencyGraph()
     with evaluation_mode(model), torch.enable_grad(), _requiring_gradients(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        batch = replace(batch, batch=map_tensors(batch.batch, _usable_by_autograd))
+        batch = replace(batch, batch=map_tensors(batch.batch, torch.clone))  # of an inference tensor a normal one
         try:
             return graph.build_dependency(model, batch, forward_fn=outputs, verbose=False)
         except Exception as error:  # a model may raise anything while it is traced
@@ -63,11 +63,6 @@ def dependency_graph(model: nn.Module, batch: CalibrationBatch) -> Any:
                 f"pattern 'units': expected a forward pass that Torch-Pruning can trace, got {reason!r}: choose another"
                 " pattern"
             ) from error
-
-
-def _usable_by_autograd(tensor: Tensor) -> Tensor:
-    """A copy of a tensor that was made in inference mode, as in a ``validate``; any other tensor itself."""
-    return tensor.clone() if tensor.is_inference() else tensor
 
 
 class Coupled(NamedTuple):
