@@ -79,7 +79,7 @@ def test_the_bound_holds_in_both_schemes_and_cascade_is_closer(run, data):
 def test_nine_tenths_are_zeros_within_two_tenths_of_a_point(run, data, tmp_path):
     _, dense = pruned_and_dense(run)
     before = accuracy(dense, data)
-    callback = NetTrim(max_drop=0.002, monitor="val_acc", num_samples=4096)
+    callback = NetTrim(max_drop=0.002, monitor="val_acc")
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = pl.Trainer(accelerator="cpu", devices=1, default_root_dir=tmp_path, callbacks=[callback], **quiet)
     trainer.validate(dense, data, verbose=False)
