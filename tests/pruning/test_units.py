@@ -17,6 +17,7 @@ from lightning_nettrim.layers import find_layers
 from lightning_nettrim.pruning.allocation.curves import ErrorCurve
 from lightning_nettrim.pruning.units.allocation import keep_within
 from lightning_nettrim.pruning.units.costs import UnitCosts
+from lightning_nettrim.pruning.units.graph import coupled_with, dependency_graph
 from lightning_nettrim.pruning.units.groups import find_groups, rows_of_channels
 
 EXPECTED = {
@@ -48,6 +49,25 @@ def test_groups_have_the_layers_that_read_their_units(name):
     assert found == EXPECTED[name]
     assert list(skipped.values()) == ["no layer reads its units"]
     assert equal_states(model, before)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_is_coupled_is_what_torch_pruning_finds(name):
+    model, x = network(name)
+    graph = dependency_graph(model, CalibrationBatch(x[:2]))
+    for module in [m for m in graph.module2node if isinstance(m, nn.Linear | nn.Conv2d)]:
+        pruner = graph.get_pruner_of_module(module)
+        expected = graph.get_pruning_group(
+            module, pruner.prune_out_channels, list(range(pruner.get_out_channels(module)))
+        )
+        found = [
+            (item.module, item.computes, sorted(zip(item.channels, item.units, strict=True)))
+            for item in coupled_with(graph, module)
+        ]
+        assert len(found) == len(expected.items)
+        for item in expected.items:
+            computes = graph.is_out_channel_pruning_fn(item.dep.handler)
+            assert (item.dep.target.module, computes, sorted(zip(item.idxs, item.root_idxs, strict=True))) in found
 
 
 def test_a_channel_after_flattening_has_an_input_for_each_position():
