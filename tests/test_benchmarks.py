@@ -11,7 +11,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import convex, layer_cost, lenet, oneshot, run
+from benchmarks import convex, latency, layer_cost, lenet, oneshot, run
 from benchmarks.peers import (
     TimedOut,
     Trial,
@@ -35,7 +35,7 @@ from benchmarks.time_to_tolerance import (
 )
 from lightning_nettrim import ADMM, Cardinality
 from lightning_nettrim.core.certificate import violation
-from recipes.models import MLP
+from recipes.models import MLP, ResNet
 from tests.problems import layer, optimum
 from tests.processes import CONTEXT
 
@@ -372,3 +372,24 @@ def test_the_units_command_compares_with_torch_pruning(tmp_path, monkeypatch, ca
     assert [row["method"] for row in rows] == methods
     assert all(0.3 < float(row["macs"]) <= 0.5 for row in rows)
     assert "group magnitude, uniform" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_compaction_command_runs_a_network_of_torchvision(tmp_path, capsys):
+    run.main(["compaction", "--out", str(tmp_path), "--networks", "squeezenet1_1", "--onnx"])
+    with (tmp_path / "compaction.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    assert not row["failure"]
+    assert row["reloaded"] == "True"
+    assert float(row["macs"]) < 0.4
+    for column in ("error", "exported", "onnx"):
+        assert float(row[column]) <= 1e-5
+    assert "1 of 1 networks" in capsys.readouterr().out
+
+
+def test_half_of_the_operations_are_left_for_the_latency():
+    model = ResNet().eval()
+    report = latency.without_units(model, torch.randn(2, 28, 28), 0.5).report
+    assert 0.35 < report.after.macs / report.before.macs <= 0.5
+    assert all(count % latency.ROUND_TO == 0 for count, _ in report.units.values())
+    assert len(latency.median_times((model, model), torch.randn(2, 28, 28), 0.0)) == 2

@@ -92,9 +92,9 @@ def load_compact(model: M, path: str | Path) -> M:
         )
     for module_path in compacted:
         remove_channels(model.get_submodule(module_path), removed[module_path])
-    own: dict[str, Tensor] = model.state_dict()  # with the versions of its modules, without which some refuse it
-    own.update(state)
-    model.load_state_dict(own)
+    versioned = model.state_dict()  # it has the versions of its modules, without which some refuse it
+    versioned.update(state)
+    model.load_state_dict(versioned)
     return model
 
 
