@@ -11,14 +11,17 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_nettrim.callbacks.checkpoints import by_own_names
 from lightning_nettrim.layers import masking
-from lightning_nettrim.pruning.config import PruningConfig
+from lightning_nettrim.pruning.config import UNIT_LIMITS, PruningConfig
 from lightning_nettrim.pruning.plan_file import select_layers
 from lightning_nettrim.runtime.sharded import full
 
 MIN_SPARSITY = 0.01
 """Fraction of exact zeros from which on a weight counts as pruned."""
 
-BUDGET_OPTIONS = ("epsilon", "sparsity", "max_drop", "pattern", "per_layer", "targets", "ignore", "plan")
+BUDGET_OPTIONS = (
+    "epsilon", "sparsity", *UNIT_LIMITS, "max_drop", "pattern", "select", "round_to", "per_layer", "targets", "ignore",
+    "plan",
+)  # fmt: skip
 """The options that determine how far a network is pruned."""
 
 

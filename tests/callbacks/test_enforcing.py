@@ -23,6 +23,8 @@ from trainers import (
     zeros,
 )
 
+from lightning_nettrim import NetTrim, compact
+
 pytestmark = [
     *LIGHTNING_WARNINGS,
     pytest.mark.filterwarnings("ignore:NetTrim. the network has .* exact zeros in 3 weights"),
@@ -117,6 +119,15 @@ def test_a_higher_sparsity_is_pruned_to_after_a_later_fit(tmp_path):
     make_trainer(tmp_path, further, max_epochs=4).fit(model := MetricsNet(), ckpt_path=first.folder / "pruned.ckpt")
     assert sparsities(model.state_dict()) == [0.75] * 3
     assert sparsities(load_state(further.folder / "pruned.ckpt")) == [0.75] * 3
+
+
+def test_units_are_pruned_to_a_smaller_budget_after_a_later_fit(tmp_path):
+    make_trainer(tmp_path, first := NetTrim(pattern="units", parameters=0.6)).fit(model := MetricsNet())
+    further = NetTrim(pattern="units", parameters=0.3)
+    make_trainer(tmp_path, further, max_epochs=4).fit(model, ckpt_path=first.folder / "pruned.ckpt")
+    small = compact(model, torch.randn(2, 8), batch_sizes=()).model
+    count = sum(p.numel() for p in MetricsNet().parameters())
+    assert sum(p.numel() for p in small.parameters()) <= 0.3 * count
 
 
 @pytest.mark.parametrize(("requested", "expected"), [(0.5, 0.5), (0.75, 0.75)])
