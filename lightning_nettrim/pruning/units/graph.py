@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,9 +77,9 @@ class Coupled(NamedTuple):
 
 
 def coupled_with(graph: Any, module: nn.Module) -> list[Coupled] | None:
-    """What is coupled with the outputs of a layer; ``None`` if there is no end of it.
+    """What is coupled with the outputs of a layer; ``None`` if there is no end of it, or channels that do not exist.
 
-    The same as Torch-Pruning's ``get_pruning_group``, which does not return in the latter case.
+    The same as Torch-Pruning's ``get_pruning_group``, which does not return if there is no end of it.
 
     Args:
         graph: the dependency graph.
@@ -94,8 +95,8 @@ def coupled_with(graph: Any, module: nn.Module) -> list[Coupled] | None:
         if (visit := (node, handler, tuple(indices))) in visited:
             continue
         visited.add(visit)
-        total += len(indices)
-        if total > MOST_INDICES:
+        computes, total = graph.is_out_channel_pruning_fn(handler), total + len(indices)
+        if total > MOST_INDICES or max(indices).idx >= _channels(graph, node, computes):
             return None
         merged = found.setdefault((node, handler), {})
         for i in indices:
@@ -111,6 +112,14 @@ def coupled_with(graph: Any, module: nn.Module) -> list[Coupled] | None:
         Coupled(node.module, node.type, graph.is_out_channel_pruning_fn(handler), [*channels], [*channels.values()])
         for (node, handler), channels in found.items()
     ]
+
+
+def _channels(graph: Any, node: Any, computes: bool) -> float:
+    """The number of channels of a module; infinity for an operation without parameters."""
+    counted = nn.Linear | nn.modules.conv._ConvNd | nn.modules.batchnorm._BatchNorm | nn.LayerNorm
+    if not isinstance(node.module, counted):
+        return math.inf
+    return graph.get_out_channels(node) if computes else graph.get_in_channels(node)
 
 
 def outputs(model: nn.Module, batch: CalibrationBatch) -> list[Tensor]:

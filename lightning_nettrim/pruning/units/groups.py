@@ -18,17 +18,13 @@ from lightning_nettrim.pruning.units.graph import (
     outputs,
     torch_pruning_package,
 )
-from lightning_nettrim.pruning.units.surgery import RemovedChannels, num_channels
+from lightning_nettrim.pruning.units.surgery import RemovedChannels
 
 ROUNDING = 8
 """Relative change of the output, in units of its precision, up to which unread units do not influence it.
 
 It is nearly always zero: what is not read is multiplied by zero.
 """
-
-
-UNKNOWN = "Torch-Pruning does not find what is coupled with its units"
-"""The reason where it finds no end of it, or channels that a module does not have."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +77,7 @@ def find_groups(
         items = coupled_with(graph, module)
         try:
             if items is None:
-                raise _Unsuitable(UNKNOWN)
+                raise _Unsuitable("Torch-Pruning does not find what is coupled with its units")
             visited.update(id(item.module) for item in items if item.computes)
             group = _group(items, by_module, names)
             _check_separable(model, batch, group, layers)
@@ -112,8 +108,6 @@ def _group(items: Sequence[Coupled], by_module: Mapping[nn.Module, Layer], names
         if module not in names:
             continue  # an operation without parameters
         path = names[module]
-        if kind != operations.LN and max(item.channels) >= num_channels(module)[1 if item.computes else 0]:
-            raise _Unsuitable(UNKNOWN)
         channels = _by_unit(item.channels, unit_of[item.units].tolist(), size, path)
         if kind in (operations.LINEAR, operations.CONV):
             if module not in by_module:
