@@ -195,7 +195,10 @@ def _is_reloaded(result: CompactResult, fresh: nn.Module, images: Tensor) -> boo
 
 
 def _kept_macs(model: nn.Module, batch: CalibrationBatch, skipped: Mapping[str, str]) -> str:
-    """The fraction of the multiply-accumulates in the layers that compute the units of skipped groups, by reason."""
+    """The fraction of the multiply-accumulates in the layers that compute the units of skipped groups, by reason.
+
+    Those that are not in linear layers and convolutions are of the attention.
+    """
     names = {module: name for name, module in model.named_modules()}
     convolutions = {
         name: module
@@ -203,12 +206,12 @@ def _kept_macs(model: nn.Module, batch: CalibrationBatch, skipped: Mapping[str, 
         if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
     }
     macs, total = count_macs(model, batch, convolutions)
-    graph, kept = dependency_graph(model, batch), Counter[str]()
+    graph, kept = dependency_graph(model, batch), Counter(attention=total - sum(macs.values()))
     for name, reason in skipped.items():
         items = coupled_with(graph, model.get_submodule(name)) or ()
         producers = {name, *(names[item.module] for item in items if item.computes and item.module in names)}
         kept[kind_of(reason)] += sum(macs.get(producer, 0.0) for producer in producers)
-    return "; ".join(f"{kind} {count / total:.1%}" for kind, count in kept.most_common())
+    return "; ".join(f"{kind} {count / total:.1%}" for kind, count in kept.most_common() if count > 0)
 
 
 def kind_of(reason: str) -> str:
