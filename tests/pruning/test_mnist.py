@@ -19,12 +19,12 @@ pytestmark = MARKS
 
 @pytest.fixture(scope="module")
 def run(data, tmp_path_factory):
-    """The folder that the recipe's own command has written, with half of its epochs and samples."""
+    """The folder that the recipe's own command has written, with fewer epochs and samples."""
     folder = tmp_path_factory.mktemp("mnist")
     arguments = {"class_path": "lightning_nettrim.NetTrim", "init_args": {"num_samples": 4096}}
     (folder / "delta.yaml").write_text(json.dumps({"trainer": {"callbacks": [arguments]}}))
     configs = [ROOT / "recipes" / "mnist_lenet300.yaml", folder / "delta.yaml"]
-    run_recipe(configs, folder, "--trainer.max_epochs=10")
+    run_recipe(configs, folder, "--trainer.max_epochs=14")
     return folder / "mnist_lenet300" / "version_0" / "nettrim"
 
 
