@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_nettrim.calibration.nested import map_tensors, tensors_of, to_device
+from lightning_nettrim.calibration.nested import count_inputs, map_tensors, tensors_of, to_device
 from lightning_nettrim.runtime.distributed import mark_in_forward_of_shards
 from lightning_nettrim.runtime.sharded import is_sharded, recover, reshard
 
@@ -158,6 +158,13 @@ class CalibrationBatch:
     def part(self, rows: slice) -> CalibrationBatch:
         """The batch with some rows of all its tensors."""
         return CalibrationBatch(map_tensors(self.batch, lambda tensor: tensor[rows]), self.forward, self.seed)
+
+    def repeated(self, count: int) -> CalibrationBatch:
+        """The batch with so many rows of all its tensors, which are repeated or left out."""
+        index = torch.arange(count) % count_inputs(self.batch)
+        return CalibrationBatch(
+            map_tensors(self.batch, lambda tensor: tensor[index.to(tensor.device)]), self.forward, self.seed
+        )
 
     def shapes(self) -> list[tuple[int, ...]]:
         """Shapes of all tensors in the batch."""

@@ -17,7 +17,7 @@ from lightning_nettrim.compaction.unread import find_unread
 from lightning_nettrim.pruning.results import aligned
 from lightning_nettrim.pruning.units.costs import count_macs
 from lightning_nettrim.pruning.units.graph import TRACED_INPUTS
-from lightning_nettrim.pruning.units.latency import milliseconds, resized
+from lightning_nettrim.pruning.units.latency import milliseconds
 from lightning_nettrim.pruning.units.surgery import RemovedChannels, without_channels
 
 
@@ -159,5 +159,5 @@ def measure(model: nn.Module, batch: CalibrationBatch, batch_sizes: Sequence[int
     divisible = common_length(batch.batch) is not None
     times = {}
     for count in batch_sizes if divisible else [count_inputs(batch.batch)][: len(batch_sizes)]:
-        times[count] = milliseconds(model, resized(batch, count) if divisible else batch)
+        times[count] = milliseconds(model, batch.repeated(count) if divisible else batch)
     return NetworkSize(parameters, size, macs, times)

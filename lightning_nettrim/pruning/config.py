@@ -262,7 +262,7 @@ class PruningConfig:
             expected = "one of sparsity, macs, parameters, latency and max_drop"
             got = " and ".join(f"{name}={value}" for name, value in given.items())
             raise ValueError(f"pattern 'units': expected {expected}, got {got}: choose one")
-        Budget(sparsity=self.sparsity or 0.0)
+        Budget(sparsity=self.sparsity or 0.0)  # raises outside its range; `budget` leaves it to the selection of units
         if self.allocate != "global":
             raise ValueError(
                 f"allocate: expected 'global' with the pattern 'units', got {self.allocate!r}: units are removed where"

@@ -44,12 +44,10 @@ def layer_problem(
     folded, processes = session.folded_layers[name], session.processes
     if budget.synthetic_inputs:
         folded, recording = _without_residual(folded, recording)
+        Y = folded.response(session.activations.outputs(name, recording), None)
+    else:
+        Y = session.reference[name]
     X, offset = session.activations.inputs(name, recording), session.activations.offset(name, recording)
-    Y = (
-        folded.response(session.activations.outputs(name, recording), None)
-        if budget.synthetic_inputs
-        else session.reference[name]
-    )
     rectifier = folded.rectifier
     convex = session.config.solver_for(budget.epsilon).takes_epsilon
     if convex and rectifier is not None and rectifier.slope is not None:

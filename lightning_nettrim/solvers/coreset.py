@@ -80,11 +80,14 @@ def theorem_size(total: float, dimension: int, error: float, failure: float) -> 
     References:
         Mussay, Osadchy, Braverman, Zhou, Feldman, "Data-Independent Neural Pruning via Coresets", ICLR 2020, Theorem 7.
     """
-    return max(
-        1, math.ceil(total / error**2 * (dimension * max(math.log(max(total, 1e-300)), 0) + math.log(1 / failure)))
-    )
+    return max(1, math.ceil(_size_at_error_one(total, dimension, failure) / error**2))
 
 
 def theorem_error(total: float, dimension: int, count: int, failure: float) -> float:
     """The ε for which `theorem_size` is ``count``."""
-    return math.sqrt(total / count * (dimension * max(math.log(max(total, 1e-300)), 0) + math.log(1 / failure)))
+    return math.sqrt(_size_at_error_one(total, dimension, failure) / count)
+
+
+def _size_at_error_one(total: float, dimension: int, failure: float) -> float:
+    """t·(d·log t + log 1/δ), where log t is at least 0."""
+    return total * (dimension * math.log(max(total, 1)) + math.log(1 / failure))

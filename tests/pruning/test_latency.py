@@ -11,7 +11,7 @@ from unit_networks import network
 from lightning_nettrim import compact, trim
 from lightning_nettrim.calibration.batch import CalibrationBatch
 from lightning_nettrim.pruning.units.costs import count_macs
-from lightning_nettrim.pruning.units.latency import milliseconds, resized
+from lightning_nettrim.pruning.units.latency import milliseconds
 
 TIMES = "lightning_nettrim.pruning.units.latency.milliseconds"
 
@@ -76,7 +76,7 @@ def test_a_time_is_the_median_of_forward_passes_of_a_batch_of_this_size():
     sizes = []
     model = nn.Linear(3, 2)
     model.register_forward_hook(lambda module, args, output: sizes.append(len(args[0])))
-    batch = resized(CalibrationBatch(torch.arange(6.0).reshape(2, 3)), 5)
+    batch = CalibrationBatch(torch.arange(6.0).reshape(2, 3)).repeated(5)
     assert torch.equal(batch.batch[:, 0], torch.tensor([0.0, 3.0, 0.0, 3.0, 0.0]))
     assert milliseconds(model, batch) > 0
     assert len(sizes) > 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -67,8 +66,9 @@ def _keep_within_latency(
     def keep(macs: float) -> dict[str, int]:
         return keep_within(costs, measured.loss, ("macs", macs), config.round_to)
 
-    least = costs.of(_fewest(costs, config.round_to), "macs") / costs.total("macs")
-    return keep_within_latency(session, groups, keep, least, (config.latency_batch_size, fraction))
+    fewest = _fewest(costs, config.round_to)
+    left = costs.of(fewest, "macs") / costs.total("macs")
+    return keep_within_latency(session, groups, keep, (fewest, left), (config.latency_batch_size, fraction))
 
 
 def session_groups(session: CalibrationSession) -> tuple[dict[str, UnitGroup], CalibrationBatch]:
@@ -83,9 +83,8 @@ def session_groups(session: CalibrationSession) -> tuple[dict[str, UnitGroup], C
             "pattern 'units': expected parameters that are not divided among processes, got FSDP2: use another strategy"
         )
     session.run.progress.activity = "tracing the dependencies of units"
-    first = session.activations.calibration_set[:1]
+    first = session.activations.calibration_set.without_cache()[:1]
     batch = first.divided(max(first.inputs // TRACED_INPUTS, 1))[0]
-    batch = replace(batch, reuse=nullcontext)  # every layer must run
     with session.processes.raise_together():
         groups, skipped = find_groups(session.model, batch, session.plan.layers)
     common = set(groups).intersection(*session.processes.gather(list(groups)))

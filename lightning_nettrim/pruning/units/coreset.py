@@ -43,8 +43,8 @@ class Coreset(UnitSelection):
         inputs: what a refit of the layers that read the units is fitted to: ``recorded`` calibration inputs, or
             ``synthetic`` ones, random inputs of a norm up to β, in the scheme ``parallel``.
         count: number of units of each group, in place of a budget.
-        error: ε of the theorem, in units of the layers' products, from which the number of units of each group follows,
-            in place of a budget. It is usually more than there are.
+        error: ε of the theorem, the absolute error of a product of the layers that read the units. The number of units
+            of each group follows from it, in place of a budget. It is usually more than there are.
         failure: δ of the theorem, the probability of a larger error.
         seed: of the random numbers.
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_nettrim.calibration.batch import CalibrationBatch, evaluation_mode
-from lightning_nettrim.calibration.nested import common_length, count_inputs, map_tensors
+from lightning_nettrim.calibration.nested import common_length
 from lightning_nettrim.pruning.session import CalibrationSession
 from lightning_nettrim.pruning.units.groups import UnitGroup, channels_of_units
 from lightning_nettrim.pruning.units.surgery import without_channels
@@ -24,7 +24,7 @@ def keep_within_latency(
     session: CalibrationSession,
     groups: Mapping[str, UnitGroup],
     keep: Callable[[float], dict[str, int]],
-    least: float,
+    fewest: tuple[dict[str, int], float],
     budget: tuple[int, float],
 ) -> dict[str, int]:
     """Numbers of units with which a forward pass takes at most a fraction of its time, by bisection.
@@ -35,7 +35,7 @@ def keep_within_latency(
         session: the trained model with its calibration data.
         groups: the groups of units.
         keep: numbers of units within a fraction of the multiply-accumulates.
-        least: smallest such fraction.
+        fewest: the smallest numbers of units, and the fraction of the multiply-accumulates that they leave.
         budget: batch size, and the fraction of the trained network's time.
 
     Raises:
@@ -47,7 +47,7 @@ def keep_within_latency(
         raise ValueError(
             "latency: expected batches whose tensors have a common first dimension, got others: limit macs instead"
         )
-    batch = resized(batch, size)
+    batch = batch.repeated(size)
 
     def ratio(kept: Mapping[str, int]) -> float:
         masks = {name: torch.arange(group.size) < kept[name] for name, group in groups.items()}
@@ -57,8 +57,7 @@ def keep_within_latency(
         return session.processes.mean(after / before)
 
     session.run.progress.activity = "measuring the latency"
-    low, high = least, 1.0
-    best = keep(least)
+    (best, low), high = fewest, 1.0
     if (measured := ratio(best)) > fraction:
         raise ValueError(
             f"latency: expected at least {measured:.2f}, which the network with the fewest units takes, got"
@@ -86,9 +85,3 @@ def milliseconds(model: nn.Module, batch: CalibrationBatch) -> float:
     with evaluation_mode(model):
         timer = Timer("batch(model)", globals={"batch": batch, "model": model}, num_threads=torch.get_num_threads())
         return timer.blocked_autorange(min_run_time=MIN_SECONDS).median * 1e3
-
-
-def resized(batch: CalibrationBatch, count: int) -> CalibrationBatch:
-    """A batch with another number of inputs, which are repeated."""
-    index = torch.arange(count) % count_inputs(batch.batch)
-    return CalibrationBatch(map_tensors(batch.batch, lambda tensor: tensor[index.to(tensor.device)]), batch.forward)
